@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel
 from mathverify.engine.passes import TokenBudget, cut
-from mathverify.tokens import TokenStore, VerdictTokens
+
+if TYPE_CHECKING:
+    from mathverify.tokens.store import TokenStore, VerdictTokens
 
 
 def score(
