@@ -45,7 +45,7 @@ def score(
         part = [work[i] for i in left[0]]
         before = budget.tokens
         values = budget.until_it_fits(
-            max(int(store.lengths[row]) for _, row in part),
+            [int(store.lengths[row]) for _, row in part],
             lambda part=part: _score_part(model, adapters, store, verdicts, part, budget.tokens),  # type: ignore[misc]
         )
         for (slot, row), value in zip(part, values, strict=True):

@@ -91,3 +91,9 @@ def make_config(seed: int = 0, **changes: Any) -> RunConfig:
 @pytest.fixture
 def config() -> Callable[..., RunConfig]:
     return make_config
+
+
+@pytest.fixture
+def fresh_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No base is warm yet."""
+    monkeypatch.setattr("mathverify.base._warm", {})
