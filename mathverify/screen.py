@@ -41,7 +41,9 @@ class RunScreen(Screen):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._put_bar_away()
 
     def prepared(self, bench: Workbench) -> None:
@@ -65,7 +67,9 @@ class RunScreen(Screen):
                 console=self.console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=self.config.train.steps, loss=float("nan"), speed=0.0, validation="")
+            self._task = self._bar.add_task(
+                "", total=self.config.train.steps, loss=float("nan"), speed=0.0, validation=""
+            )
             self._bar.start()
         elif not self.console.is_terminal:
             self.console.print(f"{name} ...", markup=False)
