@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from mathverify.errors import UserError
+from mathverify.files import sync
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 22
@@ -75,7 +76,7 @@ def _make(parent: Path, key: str, build: Callable[[Path], None]) -> None:
             final.rename(broken)
             shutil.rmtree(broken, ignore_errors=True)
         aside.rename(final)
-        _sync(parent)
+        sync(parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -85,19 +86,11 @@ def _seal(folder: Path) -> None:
     """Sync every file and write the manifest last."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def checksum(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,15 @@ class TokenStore:
     fingerprint: str
     _ids: np.ndarray
     _bounds: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int] | np.ndarray], labels: Sequence[bool]) -> TokenStore:
+        """A store in memory, of prompts that are ids already; for rows made on the spot."""
+        lengths = np.array([len(ids) for ids in prompts], np.int32)
+        flat = np.concatenate([np.empty(0, np.int32), *(np.asarray(ids, np.int32) for ids in prompts)])
+        truth = np.array(labels, bool)
+        fingerprint = xxhash.xxh3_128_hexdigest(lengths.tobytes() + flat.tobytes() + truth.tobytes())
+        return cls(lengths, truth, 0, fingerprint, flat, _bounds(lengths))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,11 +91,16 @@ def _fingerprint(rows: pa.Table, tokenizer: Any, prompt: PromptConfig) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    """Where each prompt begins, and the end: int64 [n + 1]."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
 def _open(folder: Path, fingerprint: str) -> TokenStore:
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     lengths = np.load(folder / "lengths.npy", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    bounds = _bounds(lengths)
     ids = np.empty(0, np.int32)
     if bounds[-1]:  # np.memmap's own type makes every slice slow, so only its buffer is kept
         ids = np.asarray(np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")).view(np.ndarray)
