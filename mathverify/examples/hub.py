@@ -51,6 +51,14 @@ def _load(name: str, where: str, config: DataConfig) -> Any:
         raise explain(error, where, config) from error
 
 
+def _offline() -> bool:
+    """Whether the hub client was told not to use the network (HF_HUB_OFFLINE=1)."""
+    import datasets
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
+
+
 def _is_local(path: str) -> bool:
     return Path(path).expanduser().exists() or path.startswith(("/", "./", "../", "~"))
 
@@ -68,7 +76,7 @@ def explain(error: BaseException, where: str, config: DataConfig) -> UserError:
         return UserError(f"{where}: no such folder: set data.path to a folder with data/train-*.parquet, or to a hub name")
     if "GatedRepoError" in names or "gated" in text.lower():
         return UserError(f"{where}: is gated: accept its licence on its hub page and log in (hf auth login), {folder}")
-    if names & {"OfflineModeIsEnabled"} or "offline mode" in text.lower():
+    if not local and _offline():
         return UserError(f"{where}: the hub client is in offline mode: unset HF_HUB_OFFLINE, {folder}")
     if local:
         return UserError(f"{where}: cannot be read ({one_line(_last(error), 120)}): mend or download the files again")

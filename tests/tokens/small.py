@@ -54,3 +54,25 @@ def swapped() -> PreTrainedTokenizerFast:
     """A tokenizer that reads True where the text says False, and the other way round."""
     steps = [("True", "\x00"), ("False", "True"), ("\x00", "False")]
     return byte_level(normalizer=normalizers.Sequence([normalizers.Replace(a, b) for a, b in steps]))
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """A tokenizer of the older kind: spaces as "▁", the text normalised, bytes for unknown characters."""
+    pieces = [f"<0x{i:02X}>" for i in range(256)]
+    text = render(PROBE, True).text
+    letters = sorted({char if char != " " else "▁" for char in text + "0123456789"})
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *pieces, *letters])}
+    merges = []
+    for word in ("True", "False", "▁is", "▁the", "▁answer"):
+        for end in range(2, len(word) + 1):
+            pair = (word[: end - 1], word[end - 1])
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append(pair)
+    inner = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=False, unk_token="<pad>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    inner.add_special_tokens(SPECIAL)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
