@@ -63,7 +63,9 @@ def _same(path: Path, entry: Mapping[str, object]) -> bool:
 
 
 def _make(parent: Path, key: str, build: Callable[[Path], None]) -> None:
-    for leftover in parent.glob(f".{key}.tmp-*"):  # a killed builder's: we hold the lock, so nobody is writing there
+    for leftover in parent.glob(
+        f".{key}.tmp-*"
+    ):  # a killed builder's: we hold the lock, so nobody is writing there
         shutil.rmtree(leftover, ignore_errors=True)
     aside = parent / f".{key}.tmp-{uuid.uuid4().hex}"
     aside.mkdir()
@@ -71,7 +73,9 @@ def _make(parent: Path, key: str, build: Callable[[Path], None]) -> None:
         build(aside)
         _seal(aside)
         final = parent / key
-        if final.exists():  # torn or corrupt; another process may still have its files mapped, which a rename allows
+        if (
+            final.exists()
+        ):  # torn or corrupt; another process may still have its files mapped, which a rename allows
             broken = parent / f".{key}.tmp-{uuid.uuid4().hex}"
             final.rename(broken)
             shutil.rmtree(broken, ignore_errors=True)
@@ -105,4 +109,6 @@ def checksum(path: Path) -> str:
 def _unwritable(parent: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else (error.strerror or type(error).__name__)
-    return UserError(f"cache folder {str(parent)!r}: {what}: free space or set data.cache_dir to a folder you can write")
+    return UserError(
+        f"cache folder {str(parent)!r}: {what}: free space or set data.cache_dir to a folder you can write"
+    )

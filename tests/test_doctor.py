@@ -39,7 +39,15 @@ def service() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network and no login of the machine's own."""
-    for name in ("WANDB_API_KEY", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "WANDB_API_KEY",
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -52,7 +60,9 @@ def run(monkeypatch: pytest.MonkeyPatch, **tokenizer: str | None) -> int:
     return doctor.main(["prompt.max_length=256"])
 
 
-def test_a_sound_machine_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_machine_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch) == 0
     out = capsys.readouterr().out
     for expected in ("torch", "transformers", "GPU", "verdict", "tokens: sound", "cannot be reached"):

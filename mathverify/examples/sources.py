@@ -81,7 +81,14 @@ def _generated(config: DataConfig) -> Loaded:
 
 def _prepared(sources: list[Source], config: DataConfig, progress: Progress) -> Loaded:
     settings = to_plain(config)
-    for name in ("path", "train", "validation", "test", "revision", "cache_dir"):  # the content counts, not its name
+    for name in (
+        "path",
+        "train",
+        "validation",
+        "test",
+        "revision",
+        "cache_dir",
+    ):  # the content counts, not its name
         del settings[name]
     fingerprint = _digest(
         {"version": VERSION, "settings": settings, "sources": [[s.split, s.fingerprint] for s in sources]}
@@ -94,7 +101,8 @@ def _prepared(sources: list[Source], config: DataConfig, progress: Progress) -> 
     surveys = {name: Survey(**entry) for name, entry in kept["surveys"].items()}
     prepared = {"sources": [], **kept["prepared"]}
     prepared["sources"] = [
-        {"where": s.where, "split": s.split, **read} for s, read in zip(sources, prepared["sources"], strict=True)
+        {"where": s.where, "split": s.split, **read}
+        for s, read in zip(sources, prepared["sources"], strict=True)
     ]
     return Loaded(splits, fingerprint, prepared, surveys, kept["shared_questions"])
 
@@ -161,7 +169,10 @@ def _write_split(
     folder: Path, name: str, index: int, made: Plan, config: DataConfig, wheres: dict[str, str]
 ) -> None:
     origin = "train" if name in made.taken else name
-    with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file, pa.ipc.new_file(file, EXAMPLE_SCHEMA) as writer:
+    with (
+        pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file,
+        pa.ipc.new_file(file, EXAMPLE_SCHEMA) as writer,
+    ):
         start = 0
         for batch in _streamed(folder / f"raw-{origin}.arrow"):
             mine = made.target[origin][start : start + batch.num_rows] == index
@@ -180,7 +191,9 @@ def _write_split(
 
 def _refuse_one_class(where: str, rows: pa.Table, remedy: str) -> None:
     if rows.num_rows == 0:
-        raise UserError(f"{where}: no rows are left after those without an answer or with a shared question: {remedy}")
+        raise UserError(
+            f"{where}: no rows are left after those without an answer or with a shared question: {remedy}"
+        )
     correct = sum(int(chunk.true_count) for chunk in rows["is_correct"].chunks)
     if correct in (0, rows.num_rows):
         raise UserError(

@@ -89,7 +89,9 @@ def _guarded(where: str, read: Callable[[], Iterator[RawBatch]]) -> Iterator[Raw
     except UserError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{where}: is not a whole gzip file ({one_line(error)}): compress or download it again") from error
+        raise UserError(
+            f"{where}: is not a whole gzip file ({one_line(error)}): compress or download it again"
+        ) from error
     except OSError as error:
         raise _unreadable(where, error) from error
     except pa.ArrowException as error:
@@ -112,7 +114,9 @@ def _open_parquet(path: Path, split: str, where: str, config: DataConfig) -> Sou
             total = file.metadata.num_rows
             _refuse_swollen(file.metadata, where)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: is not a readable parquet file ({one_line(error)}): write it again") from error
+        raise UserError(
+            f"{where}: is not a readable parquet file ({one_line(error)}): write it again"
+        ) from error
     if total == 0:
         raise UserError(f"{where}: has no rows: give a file with labelled rows")
     columns = find_columns(config, names, where)
@@ -159,7 +163,9 @@ def _text(column: pa.Array, name: str, start: int, where: str) -> pa.Array:
     kind = column.type
     if not (_is_text(kind) or _is_bytes(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         nested = "nested" if pa.types.is_nested(kind) else str(kind)
-        raise UserError(f"{where}: column {show(name)}, row {start}: is {nested}, not text: store it as a string")
+        raise UserError(
+            f"{where}: column {show(name)}, row {start}: is {nested}, not text: store it as a string"
+        )
     if _is_text(kind):  # Arrow does not look at the bytes of a string column unless asked
         column = column.cast(pa.large_binary())
     try:
@@ -221,7 +227,9 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
             number += 1
             unpacked += len(line)
             if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{where}: line {number} is longer than {MAX_LINE_BYTES:,} bytes: shorten or remove it")
+                raise UserError(
+                    f"{where}: line {number} is longer than {MAX_LINE_BYTES:,} bytes: shorten or remove it"
+                )
             if file is not raw and unpacked > max(GZIP_FREE_BYTES, GZIP_MAX_RATIO * path.stat().st_size):
                 raise UserError(
                     f"{where}: unpacks to more than {GZIP_MAX_RATIO} times its size (line {number}): "
@@ -251,7 +259,13 @@ def _batched(
                 done = False
                 break
         if values["question"]:
-            yield RawBatch(start, {name: _to_arrow(name, values[name], theirs, start, where) for name, theirs in columns.items()})
+            yield RawBatch(
+                start,
+                {
+                    name: _to_arrow(name, values[name], theirs, start, where)
+                    for name, theirs in columns.items()
+                },
+            )
             start += len(values["question"])
 
 
@@ -295,7 +309,11 @@ def _json_object(number: int, line: str, where: str) -> dict[str, Any]:
     try:
         value = _DECODER.decode(line.strip())
     except (ValueError, RecursionError) as error:
-        hint = "a JSON array? write one object per line" if number == 1 and line.lstrip()[:1] == "[" else "mend the line"
+        hint = (
+            "a JSON array? write one object per line"
+            if number == 1 and line.lstrip()[:1] == "["
+            else "mend the line"
+        )
         raise UserError(f"{where}: line {number} is not JSON ({one_line(error, 80)}): {hint}") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: line {number} is not a JSON object: write one {{...}} per line")
@@ -314,7 +332,9 @@ def _json_row(
             plain[ours] = value
         else:
             kind = "nested" if isinstance(value, (dict, list)) else "a boolean"
-            raise UserError(f"{where}: column {show(theirs)}, row {row}: is {kind}, not text: store it as a string")
+            raise UserError(
+                f"{where}: column {show(theirs)}, row {row}: is {kind}, not text: store it as a string"
+            )
     return plain
 
 

@@ -61,7 +61,9 @@ def examine(
     if recorded is not None:
         check_reading(tokenizer, recorded)
         if recorded != verdicts:
-            raise UserError(f"recorded verdict tokens {recorded} are not the tokenizer's {verdicts}: use its own tokenizer")
+            raise UserError(
+                f"recorded verdict tokens {recorded} are not the tokenizer's {verdicts}: use its own tokenizer"
+            )
     remarks.append(_check_padding(tokenizer, ids, verdicts, loss))
     return Diagnosis(_labelled(tokenizer, ids, verdicts.of(example.is_correct)), verdicts, remarks)
 
@@ -87,7 +89,9 @@ def _check_bos(tokenizer: Any, ids: list[int]) -> str:
         )
     if ids[0] != bos:
         where = ids.index(bos)
-        raise UserError(f"the BOS token ({tokenizer.bos_token!r}) is at position {where}, not first: mend the tokenizer")
+        raise UserError(
+            f"the BOS token ({tokenizer.bos_token!r}) is at position {where}, not first: mend the tokenizer"
+        )
     return f"beginning: one BOS token, {tokenizer.bos_token!r}"
 
 
@@ -105,7 +109,9 @@ def _check_padding(tokenizer: Any, ids: list[int], verdicts: VerdictTokens, loss
                 f"the padding token {name} is the end token, which the sequence loss would mask as padding: "
                 f"set train.loss=label, or {remedy}"
             )
-        return f"padding: {name} is the end token too; harmless here, the label loss looks at the verdict alone"
+        return (
+            f"padding: {name} is the end token too; harmless here, the label loss looks at the verdict alone"
+        )
     return f"padding: {name}, a token of its own"
 
 

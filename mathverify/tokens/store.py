@@ -28,6 +28,7 @@ VERSION = 1
 
 BATCH_ROWS = 1024
 
+
 @dataclass(frozen=True)
 class TokenStore:
     """The prompts of n rows, in the rows' order.

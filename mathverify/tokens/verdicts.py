@@ -29,12 +29,14 @@ def verdict_tokens(tokenizer: Any) -> VerdictTokens:
     Raises UserError if the prompt's tokens are not a prefix of prompt + verdict, if a verdict is not one token, if
     both are the same token, or if a token does not read as its word (True and False swapped among them).
     """
-    found = {}
+    found: dict[str, int] = {}
     for prompt in (render(PROBE, False).text, render(PROBE, True).text):
         for word in (TRUE, FALSE):
             token = _token_after(tokenizer, prompt, word)
             if found.setdefault(word, token) != token:
-                raise UserError(f"the tokenizer writes the verdict {word!r} as a different token with a solution: {_OTHER}")
+                raise UserError(
+                    f"the tokenizer writes the verdict {word!r} as a different token with a solution: {_OTHER}"
+                )
     if found[TRUE] == found[FALSE]:
         raise UserError(
             f"verdict words {TRUE!r} and {FALSE!r} are the same token ({found[TRUE]}), so no verdict can be told from "
@@ -58,7 +60,9 @@ def _token_after(tokenizer: Any, prompt: str, word: str) -> int:
         )
     added = after[len(before) :]
     if len(added) != 1:
-        raise UserError(f"verdict word {word!r} is {len(added)} tokens ({added}) where a prompt ends, not one: {_OTHER}")
+        raise UserError(
+            f"verdict word {word!r} is {len(added)} tokens ({added}) where a prompt ends, not one: {_OTHER}"
+        )
     return added[0]
 
 
@@ -69,7 +73,9 @@ def _parting(before: list[int], after: list[int]) -> int:
 def check_reading(tokenizer: Any, tokens: VerdictTokens) -> None:
     """Raise UserError unless the True token reads "True" and the False token "False", whatever their case."""
     with plain(tokenizer) as inner:
-        said = [inner.decode([token], skip_special_tokens=False) for token in (tokens.true_id, tokens.false_id)]
+        said = [
+            inner.decode([token], skip_special_tokens=False) for token in (tokens.true_id, tokens.false_id)
+        ]
     read = [text.strip().casefold() for text in said]
     if read == [FALSE.casefold(), TRUE.casefold()]:
         raise UserError(

@@ -61,7 +61,11 @@ def test_lengths_are_the_quantiles() -> None:
 def test_questions_in_two_splits_are_found() -> None:
     row = {"answer": "a", "solution": "", "is_correct": True, "slice": "all"}
     splits = Splits(*(table([row | {"question": q} for q in qs]) for qs in ("abc", "cd", "dce")))
-    assert shared_questions(splits) == {"train and validation": 1, "train and test": 1, "validation and test": 2}
+    assert shared_questions(splits) == {
+        "train and validation": 1,
+        "train and test": 1,
+        "validation and test": 2,
+    }
 
 
 def test_the_report_is_json_and_a_table_that_says_what_was_left_out(tmp_path: Path) -> None:

@@ -41,7 +41,10 @@ def test_every_format_gives_every_row_as_written(tmp_path: Path, ending: str) ->
 
 def test_the_same_rows_split_the_same_in_every_format(tmp_path: Path) -> None:
     prints = {
-        tuple(rows_fingerprint(table) for _, table in read(tmp_path / "c", write(tmp_path / f"r.{e}", make_rows())).splits.items())
+        tuple(
+            rows_fingerprint(table)
+            for _, table in read(tmp_path / "c", write(tmp_path / f"r.{e}", make_rows())).splits.items()
+        )
         for e in FORMATS
     }
     assert len(prints) == 1
@@ -56,7 +59,9 @@ def test_paths_may_have_spaces_and_any_letters(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    lines = ["question,answer,is_correct"] + [f"what is {i}?,{i},{'True' if i % 2 else 'false'}" for i in range(60)]
+    lines = ["question,answer,is_correct"] + [
+        f"what is {i}?,{i},{'True' if i % 2 else 'false'}" for i in range(60)
+    ]
     path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     rows = all_rows(read(tmp_path / "c", path))
     assert {row["answer"] for row in rows} == {str(i) for i in range(60)}
@@ -66,7 +71,9 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path: Path) -> None:
 def test_a_second_start_reads_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", make_rows())
     seen: list[str] = []
-    config = DataConfig(source=DataSource.table, train=str(path), cache_dir=str(tmp_path / "c"), test_fraction=0.2)
+    config = DataConfig(
+        source=DataSource.table, train=str(path), cache_dir=str(tmp_path / "c"), test_fraction=0.2
+    )
     first = load(config, lambda what, done, total: seen.append(what))
     assert seen
     seen.clear()
@@ -129,7 +136,13 @@ def test_rows_without_an_answer_are_dropped_counted_and_named(tmp_path: Path) ->
 
 def test_columns_can_be_renamed_and_groups_and_slices_chosen(tmp_path: Path) -> None:
     rows = [
-        {"Q": row["question"], "A": row["answer"], "ok": row["is_correct"], "topic": f"t{i // 3 % 8}", "kind": f"k{i % 2}"}
+        {
+            "Q": row["question"],
+            "A": row["answer"],
+            "ok": row["is_correct"],
+            "topic": f"t{i // 3 % 8}",
+            "kind": f"k{i % 2}",
+        }
         for i, row in enumerate(make_rows())
     ]
     path = write(tmp_path / "r.parquet", rows)
@@ -145,7 +158,13 @@ def test_ids_are_kept_or_made_and_always_unique(tmp_path: Path) -> None:
     rows = [row | {"id": 1000 + i} for i, row in enumerate(make_rows())]
     path = write(tmp_path / "r.parquet", rows)
     assert {row["id"] for row in all_rows(read(tmp_path / "c", path))} == {str(1000 + i) for i in range(120)}
-    both = all_rows(read(tmp_path / "c", path, test=str(write(tmp_path / "t.parquet", [r | {"question": f"other {r['id']}"} for r in rows]))))
+    both = all_rows(
+        read(
+            tmp_path / "c",
+            path,
+            test=str(write(tmp_path / "t.parquet", [r | {"question": f"other {r['id']}"} for r in rows])),
+        )
+    )
     assert len({row["id"] for row in both}) == len(both) == 240
     numbered = all_rows(read(tmp_path / "c", path, columns={"id": ""}))
     assert {row["id"] for row in numbered} == {f"train-{i:07d}" for i in range(1, 121)}
@@ -244,7 +263,9 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     text = str(caught.value)
     assert text.isprintable(), "one line, no control characters"
     assert file in text and "data.train" in text
-    left = [p for p in (tmp_path / "cache").rglob("*") if not p.name.endswith(".lock") and p.parent.name == "rows"]
+    left = [
+        p for p in (tmp_path / "cache").rglob("*") if not p.name.endswith(".lock") and p.parent.name == "rows"
+    ]
     assert not left, "no half-made folder is left"
 
 
@@ -268,10 +289,21 @@ def test_an_unwritable_cache_is_one_line(tmp_path: Path) -> None:
         read(tmp_path / "cache", write(tmp_path / "r.csv", make_rows()))
 
 
-CELL = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.text(max_size=3), max_size=2))
+CELL = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.text(max_size=3), max_size=2),
+)
 OBJECT = st.fixed_dictionaries({}, optional={name: CELL for name in (*TEXTS, "id")})
-TYPICAL = st.sampled_from([json.dumps(row).encode() for row in make_rows(3)] + [b"question,answer,is_correct\r\n", b'q,"1",true\n'])
-LINES = st.lists(st.one_of(TYPICAL, st.binary(max_size=40), OBJECT.map(lambda o: json.dumps(o).encode())), max_size=8)
+TYPICAL = st.sampled_from(
+    [json.dumps(row).encode() for row in make_rows(3)] + [b"question,answer,is_correct\r\n", b'q,"1",true\n']
+)
+LINES = st.lists(
+    st.one_of(TYPICAL, st.binary(max_size=40), OBJECT.map(lambda o: json.dumps(o).encode())), max_size=8
+)
 
 
 def _only_rows_or_user_error(path: Path, map_labels: bool) -> None:
@@ -356,7 +388,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, ending: str) -> None
         path = tmp_path / f"{rows}.{ending}"
         _write_many(path, rows)
         done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache")],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         held[rows], count = json.loads(done.stdout)
         assert count == rows

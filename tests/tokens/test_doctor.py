@@ -53,20 +53,44 @@ def test_verdict_tokens_are_what_follows_the_prompt() -> None:
 SAME = normalizers.Replace("False", "True")
 FAULTS: dict[str, tuple[Any, str]] = {
     "no BOS": (lambda: byte_level(template=None), r"puts 0 BOS tokens \('<s>', id 0\).*add_bos_token=true"),
-    "two BOS": (lambda: byte_level(template="<s> <s> $A"), r"puts 2 BOS tokens .*not exactly one: let its post-processor"),
-    "BOS not first": (lambda: byte_level(template="<pad> <s> $A", pad_token=None), r"BOS token \('<s>'\) is at position 1"),
+    "two BOS": (
+        lambda: byte_level(template="<s> <s> $A"),
+        r"puts 2 BOS tokens .*not exactly one: let its post-processor",
+    ),
+    "BOS not first": (
+        lambda: byte_level(template="<pad> <s> $A", pad_token=None),
+        r"BOS token \('<s>'\) is at position 1",
+    ),
     "BOS at the end": (lambda: byte_level(template="$A <s>"), r"BOS token .*position \d+, not first"),
-    "verdicts of several tokens": (lambda: byte_level(words=()), r"verdict word 'True' is \d+ tokens \(\[.*not one"),
+    "verdicts of several tokens": (
+        lambda: byte_level(words=()),
+        r"verdict word 'True' is \d+ tokens \(\[.*not one",
+    ),
     "False of several tokens": (lambda: byte_level(words=("True",)), r"verdict word 'False' is \d+ tokens"),
-    "verdicts that are one token": (lambda: byte_level(normalizer=SAME), r"'True' and 'False' are the same token \(\d+\)"),
+    "verdicts that are one token": (
+        lambda: byte_level(normalizer=SAME),
+        r"'True' and 'False' are the same token \(\d+\)",
+    ),
     "verdict reads as another word": (
         lambda: byte_level(normalizer=normalizers.Replace("True", "Output")),
         r"verdict word 'True' is token \d+, which reads 'Output'",
     ),
-    "end token after every text": (lambda: byte_level(template="<s> $A </s>"), r"not a prefix of prompt \+ 'True'.*add_eos_token"),
-    "verdict merges with the line before": (lambda: byte_level(added=("\nTrue",)), r"not a prefix of prompt \+ 'True' .*part at"),
-    "True and False swapped": (swapped, r"True and False are swapped: token \d+ stands for True but reads 'False'"),
-    "padding is the end token": (lambda: byte_level(pad_token="</s>"), r"padding token '</s>' is the end token.*train\.loss=label"),
+    "end token after every text": (
+        lambda: byte_level(template="<s> $A </s>"),
+        r"not a prefix of prompt \+ 'True'.*add_eos_token",
+    ),
+    "verdict merges with the line before": (
+        lambda: byte_level(added=("\nTrue",)),
+        r"not a prefix of prompt \+ 'True' .*part at",
+    ),
+    "True and False swapped": (
+        swapped,
+        r"True and False are swapped: token \d+ stands for True but reads 'False'",
+    ),
+    "padding is the end token": (
+        lambda: byte_level(pad_token="</s>"),
+        r"padding token '</s>' is the end token.*train\.loss=label",
+    ),
     "padding is BOS": (lambda: byte_level(pad_token="<s>"), r"padding token '<s>' is part of every prompt"),
     "padding is a verdict": (
         lambda: byte_level(words=("True", "False"), pad_token="False"),

@@ -46,7 +46,9 @@ def table(count: int = 30, solution: str = "First {i} + 1,\nthen more. ", repeat
 
 @KINDS
 @pytest.mark.parametrize("with_solution", [False, True])
-def test_ids_are_those_of_the_whole_text_in_the_rows_order(tmp_path: Path, tokenizer: Any, with_solution: bool) -> None:
+def test_ids_are_those_of_the_whole_text_in_the_rows_order(
+    tmp_path: Path, tokenizer: Any, with_solution: bool
+) -> None:
     rows = table()
     store = tokenize(rows, tokenizer, PromptConfig(with_solution, 2048), tmp_path)
     assert len(store) == rows.num_rows and store.cut == 0
@@ -85,7 +87,9 @@ def test_long_rows_lose_the_end_of_their_solution_and_nothing_else(tmp_path: Pat
     limit=st.integers(5, 60),
     metaspace=st.booleans(),
 )
-def test_any_text_fits_its_limit_or_is_said_not_to(head: str, solution: str, tail: str, limit: int, metaspace: bool) -> None:
+def test_any_text_fits_its_limit_or_is_said_not_to(
+    head: str, solution: str, tail: str, limit: int, metaspace: bool
+) -> None:
     tokenizer = METASPACE if metaspace else BPE
     parts = PromptParts(head, solution, tail)
     with plain(tokenizer) as inner:
@@ -145,7 +149,9 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path) -> None:
     assert calls == ["tokenising"]
 
 
-def test_whatever_decides_the_ids_is_in_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_decides_the_ids_is_in_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = _store(tmp_path)
     other_rows = table().to_pylist()
     other_rows[7]["answer"] = "eight"
@@ -191,7 +197,9 @@ def test_a_damaged_cache_is_remade(tmp_path: Path, file: str, damage: str) -> No
 
 def _work(cache: Path, queue: Any) -> None:
     calls: list[int] = []
-    store = tokenize(table(200), byte_level(), PromptConfig(), cache, lambda what, done, total: calls.append(done))
+    store = tokenize(
+        table(200), byte_level(), PromptConfig(), cache, lambda what, done, total: calls.append(done)
+    )
     queue.put((len(calls), int(store.lengths.sum()), len(store)))
 
 
