@@ -132,7 +132,7 @@ def _has_wandb_key(base: str) -> bool:
 
 
 def _reachable(url: str) -> str:
-    """Whether the host answers HTTP at all, within the timeout; names the host only, since a URL may hold a password."""
+    """Whether the host answers HTTP in time; names the host only, since a URL may hold a password."""
     target = urlsplit(url)
     host = target.hostname or "?"
     answer: list[str] = []

@@ -1,4 +1,4 @@
-"""How far a long piece of work has come, on stderr: a bar on a terminal, a line now and then elsewhere. No results here."""
+"""How far long work has come, on stderr: a bar on a terminal, a line now and then elsewhere. No results here."""
 
 from __future__ import annotations
 

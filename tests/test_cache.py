@@ -22,8 +22,13 @@ def build(folder: Path) -> None:
 
 def test_a_folder_is_built_once(tmp_path: Path) -> None:
     built: list[Path] = []
+
+    def counted(folder: Path) -> None:
+        built.append(folder)
+        build(folder)
+
     for _ in range(2):
-        folder = cached_folder(tmp_path / "deep" / "cache", "key", lambda f: (built.append(f), build(f))[1])
+        folder = cached_folder(tmp_path / "deep" / "cache", "key", counted)
         assert (folder / "a.txt").read_text() == "one"
     assert len(built) == 1
 

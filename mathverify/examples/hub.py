@@ -69,7 +69,7 @@ def explain(error: BaseException, where: str, config: DataConfig) -> UserError:
     text = " ".join(one_line(e, 400) for e in _chain(error))
     local = _is_local(config.path or "")
     folder = "or set data.path to a local folder of it"
-    if "Unknown split" in text or "not found in" in text and "split" in text.lower():
+    if "Unknown split" in text or ("not found in" in text and "split" in text.lower()):
         listed = re.search(r"\[[^\]]*\]", text)
         return UserError(
             f"{where}: no such split; it has {listed.group() if listed else 'others'}: set data.train and so on"

@@ -173,7 +173,8 @@ def _contradictions(pairs: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
 def group_hashes(batch: pa.RecordBatch) -> np.ndarray:
     """uint64 [rows]: the hash of each row's group."""
     coded = batch.column("group").dictionary_encode()
-    return hash64(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
+    hashes: np.ndarray = hash64(coded.dictionary.to_pylist())[coded.indices.to_numpy()]
+    return hashes
 
 
 def shared_questions(splits: Splits) -> dict[str, int]:

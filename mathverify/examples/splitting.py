@@ -1,4 +1,4 @@
-"""Which rows go to which split: whole questions only, decided by hash and seed. Knows rows by their group's hash alone."""
+"""Which rows go to which split: whole questions, by hash and seed. Knows of a row only its group's hash."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _drop_shared(made: Plan, groups: Mapping[str, np.ndarray]) -> None:
         both = np.isin(groups[earlier], groups[later][kept]) & (made.target[earlier] != NOWHERE)
         if both.any():
             made.target[earlier][both] = NOWHERE
-            questions = int(len(np.unique(groups[earlier][both])))
+            questions = len(np.unique(groups[earlier][both]))
             made.shared.append(
                 {
                     "split": earlier,

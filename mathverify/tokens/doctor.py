@@ -84,8 +84,8 @@ def _check_bos(tokenizer: Any, ids: list[int]) -> str:
     if count != 1:
         remedy = "set add_bos_token=true" if count == 0 else "let its post-processor add it once"
         raise UserError(
-            f"the tokenizer puts {count} BOS tokens ({tokenizer.bos_token!r}, id {bos}) into a prompt, not exactly one: "
-            f"{remedy} in tokenizer_config.json or tokenizer.json (or remove bos_token if the model has none)"
+            f"the tokenizer puts {count} BOS tokens ({tokenizer.bos_token!r}, id {bos}) into a prompt, not exactly "
+            f"one: {remedy} in tokenizer_config.json or tokenizer.json (or remove bos_token if the model has none)"
         )
     if ids[0] != bos:
         where = ids.index(bos)

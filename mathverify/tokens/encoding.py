@@ -36,7 +36,8 @@ def backend(tokenizer: Any) -> Any:
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is None or not hasattr(inner, "encode_batch"):
         raise UserError(
-            f"the tokenizer ({type(tokenizer).__name__}) has no tokenizer.json: save the model's fast tokenizer beside it"
+            f"the tokenizer ({type(tokenizer).__name__}) has no tokenizer.json: "
+            "save the model's fast tokenizer beside it"
         )
     return inner
 

@@ -1,4 +1,4 @@
-"""A split's prompts as token ids on disk, memory-mapped: made once per rows, prompt and tokenizer, then only looked at."""
+"""A split's prompts as token ids on disk, memory-mapped: made once per rows, prompt and tokenizer."""
 
 from __future__ import annotations
 

@@ -55,8 +55,9 @@ def _token_after(tokenizer: Any, prompt: str, word: str) -> int:
     after = encode_text(tokenizer, prompt + word)
     if after[: len(before)] != before:
         raise UserError(
-            f"the prompt's tokens are not a prefix of prompt + {word!r} (they part at token {_parting(before, after)} of "
-            f"{len(before)}): turn off the tokenizer's end token (add_eos_token) or use one that does not merge across lines"
+            f"the prompt's tokens are not a prefix of prompt + {word!r} (they part at token "
+            f"{_parting(before, after)} of {len(before)}): turn off the tokenizer's end token (add_eos_token) or use one "
+            "that does not merge across lines"
         )
     added = after[len(before) :]
     if len(added) != 1:

@@ -24,7 +24,7 @@ from mathverify.examples.sources import load, rows_fingerprint
 from mathverify.examples.table import open_table
 from tests.examples.files import FORMATS, all_rows, make_rows, read, write
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "real_verification"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "real_verification"
 TEXTS = ("question", "answer", "solution", "is_correct")
 
 
@@ -297,7 +297,7 @@ CELL = st.one_of(
     st.text(max_size=8),
     st.lists(st.text(max_size=3), max_size=2),
 )
-OBJECT = st.fixed_dictionaries({}, optional={name: CELL for name in (*TEXTS, "id")})
+OBJECT = st.fixed_dictionaries({}, optional=dict.fromkeys((*TEXTS, "id"), CELL))
 TYPICAL = st.sampled_from(
     [json.dumps(row).encode() for row in make_rows(3)] + [b"question,answer,is_correct\r\n", b'q,"1",true\n']
 )

@@ -22,7 +22,7 @@ from mathverify.tokens import TokenStore, tokenize, verdict_tokens
 from mathverify.tokens.encoding import encode_prompts, encode_text, plain
 from tests.tokens.small import byte_level, sentencepiece_like
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "real_verification"
+REAL = Path(__file__).parents[3] / "shared" / "data" / "real_verification"
 BPE = byte_level()
 METASPACE = sentencepiece_like()
 KINDS = pytest.mark.parametrize("tokenizer", [BPE, METASPACE], ids=["byte-level", "metaspace"])
@@ -251,20 +251,23 @@ def test_a_tokenizer_without_a_fast_one_is_refused() -> None:
     class Slow:
         bos_token_id = None
 
-    with pytest.raises(UserError, match="Slow.*has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"Slow.*has no tokenizer\.json"):
         encode_text(Slow(), "text")
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real rows are not on this machine")
 def test_real_rows_become_tokens_that_read_back(tmp_path: Path) -> None:
-    splits = {name: str(REAL / f"{name}.parquet") for name in ("train", "validation", "test")}
-    rows = load(DataConfig(source=DataSource.table, cache_dir=str(tmp_path), **splits)).splits.test
+    train, validation, test = (str(REAL / f"{name}.parquet") for name in ("train", "validation", "test"))
+    config = DataConfig(
+        source=DataSource.table, train=train, validation=validation, test=test, cache_dir=str(tmp_path)
+    )
+    rows = load(config).splits.test
     assert rows.num_rows > 1000 and pq.read_metadata(REAL / "test.parquet").num_rows >= rows.num_rows
     store = tokenize(rows, BPE, PromptConfig(with_solution=True, max_length=1024), tmp_path)
     verdicts = verdict_tokens(BPE)
     uncut = 0
     for i, example in enumerate(iter_examples(rows)):
-        text = BPE.decode(store.ids(i)[1:].tolist())
+        text = str(BPE.decode(store.ids(i)[1:].tolist()))
         uncut += text == render(example, True).text
         assert text.endswith(f"Answer:\n{example.answer}\n\nOutput:\n")
         assert verdicts.true_id != store.ids(i)[-1] != verdicts.false_id
