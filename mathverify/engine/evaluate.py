@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel
 from mathverify.engine.passes import TokenBudget, cut
-from mathverify.tokens import TokenStore, VerdictTokens
+
+if TYPE_CHECKING:
+    from mathverify.tokens.store import TokenStore, VerdictTokens
 
 
 def score(
@@ -42,7 +45,7 @@ def score(
         part = [work[i] for i in left[0]]
         before = budget.tokens
         values = budget.until_it_fits(
-            max(int(store.lengths[row]) for _, row in part),
+            [int(store.lengths[row]) for _, row in part],
             lambda part=part: _score_part(model, adapters, store, verdicts, part, budget.tokens),  # type: ignore[misc]
         )
         for (slot, row), value in zip(part, values, strict=True):

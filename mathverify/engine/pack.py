@@ -42,8 +42,7 @@ class Pack:
         trials = self.running
         rounds = [trial.segments(slot) for slot, trial in enumerate(trials)]
         segments = [segment for own in rounds for segment in own]
-        longest = max(len(segment) for segment in segments)
-        losses = self.budget.until_it_fits(longest, lambda: self._passes(trials, segments))
+        losses = self.budget.until_it_fits([len(s) for s in segments], lambda: self._passes(trials, segments))
         reports = []
         for trial, own, loss in zip(trials, rounds, losses, strict=True):
             report = trial.update(loss / trial.loss_scale, sum(len(segment) for segment in own))

@@ -19,11 +19,11 @@ class TokenBudget:
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def until_it_fits(self, longest: int, work: Callable[[], Result]) -> Result:
+    def until_it_fits(self, lengths: Sequence[int], work: Callable[[], Result]) -> Result:
         """Call `work`, which cuts its passes by this budget, again with half the tokens while memory runs out.
 
         Args:
-            longest: tokens of the longest segment; a pass cannot be smaller.
+            lengths: tokens of the segments at work; a pass cannot be smaller than the longest.
 
         Raises:
             UserError: out of memory with a single segment.
@@ -32,15 +32,15 @@ class TokenBudget:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                self._halve(longest)
+                self._halve(max(lengths), sum(lengths))
 
-    def _halve(self, longest: int) -> None:
-        if self.tokens <= longest:
+    def _halve(self, longest: int, total: int) -> None:
+        if min(self.tokens, total) <= longest:
             raise UserError(
                 f"out of memory with {self.tokens} tokens a pass and a segment of {longest}: nothing is left to split; "
                 "use train.memory=lean, a smaller prompt.max_length, quantization=nf4 or fewer trials at once"
             )
-        self.tokens = max(longest, self.tokens // 2)
+        self.tokens = max(longest, min(self.tokens, total) // 2)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -16,10 +16,10 @@ from mathverify.engine.dropout import segment_key
 from mathverify.engine.layout import Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.schedule import learning_rate
-from mathverify.tokens import TokenStore, VerdictTokens
 
 if TYPE_CHECKING:
     from mathverify.engine.model import PackedModel
+    from mathverify.tokens.store import TokenStore, VerdictTokens
 
 
 class TrialState(Enum):
