@@ -419,10 +419,11 @@ def provenance(threads: int | None = None) -> Provenance:
         platform=platform.platform(),
         cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=threads,
-        packages=_versions(),
+        packages=dict(_versions()),
     )
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -435,6 +436,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # the code that runs is the code as it was when first asked
 def _git_state(root: Path) -> tuple[str | None, bool | None]:
     """Commit and dirty flag of the checkout that the package runs from; (None, None) for an installed one."""
     if not (root / ".git").exists():
