@@ -323,7 +323,7 @@ def _outages_become_one_warning(run_dir: Path) -> Iterator[None]:
     """W&B fails in many ways, by exceptions of many kinds; none may reach training."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _Warnings.once(run_dir, error)
 
 
