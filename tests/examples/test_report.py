@@ -75,7 +75,7 @@ def test_the_report_is_json_and_a_table_that_says_what_was_left_out(tmp_path: Pa
     loaded = read(tmp_path, write(tmp_path / "rows.parquet", rows))
     spread = {name: lengths(np.arange(5, 25, dtype=np.int32), 2) for name in loaded.surveys}
     report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, spread)
-    plain = json.loads(json.dumps(report.to_json()))
+    plain = json.loads(json.dumps(report.to_plain()))
     assert sum(split["rows"] for split in plain["splits"].values()) == 119
     assert sum(split["contradictions"] for split in plain["splits"].values()) == 1
     out = io.StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,18 +196,23 @@ def test_a_damaged_cache_is_remade(tmp_path: Path, file: str, damage: str) -> No
     assert not list((tmp_path / "tokens").glob(".*tmp*"))
 
 
-def _work(cache: Path, queue: Any) -> None:
+def _work(cache: Path, together: Any, queue: Any) -> None:
     calls: list[int] = []
-    store = tokenize(
-        table(200), byte_level(), PromptConfig(), cache, lambda what, done, total: calls.append(done)
-    )
+
+    def slowly(what: str, done: int, total: int | None) -> None:
+        calls.append(done)
+        time.sleep(1.0)  # so that the others come while this one is at work
+
+    tokenizer = byte_level()
+    together.wait(60)
+    store = tokenize(table(200), tokenizer, PromptConfig(), cache, slowly)
     queue.put((len(calls), int(store.lengths.sum()), len(store)))
 
 
 def test_processes_that_start_together_do_the_work_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_work, args=(tmp_path, queue)) for _ in range(3)]
+    queue, together = context.Queue(), context.Barrier(3)
+    workers = [context.Process(target=_work, args=(tmp_path, together, queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
     results = [queue.get(timeout=120) for _ in workers]
