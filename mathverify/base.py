@@ -232,7 +232,15 @@ class _explaining:
 
 
 def _is_offline(text: str) -> bool:
-    signs = ("offline", "ConnectionError", "ConnectError", "couldn't connect", "LocalEntryNotFound", "Max retries", "timed out")
+    signs = (
+        "offline",
+        "ConnectionError",
+        "ConnectError",
+        "couldn't connect",
+        "LocalEntryNotFound",
+        "Max retries",
+        "timed out",
+    )
     return os.environ.get("HF_HUB_OFFLINE") == "1" or any(sign in text for sign in signs)
 
 

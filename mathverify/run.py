@@ -93,11 +93,17 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     return Run(config, folder, trial, record, tracker, identity, costs or {})
 
 
+Judge = Callable[[Run, scoring.Metrics], str | None]
+"""Looks at a validation during training; returns the reason to stop (prune) the run there, or None to go on."""
+
+
 class PackRunner:
     """Trains and records the runs of one pack; implements the loop's Watcher."""
 
-    def __init__(self, bench: Workbench, screen: Screen, stop: Callable[[], bool]) -> None:
-        self.bench, self.screen, self.stop = bench, screen, stop
+    def __init__(
+        self, bench: Workbench, screen: Screen, stop: Callable[[], bool], judge: Judge = lambda run, metrics: None
+    ) -> None:
+        self.bench, self.screen, self.stop, self.judge = bench, screen, stop, judge
         self.runs: dict[Trial, Run] = {}
         self._clock = time.perf_counter()
 
@@ -116,7 +122,7 @@ class PackRunner:
         train(pack, self, self.stop)
         if self.stop():
             self._interrupt([run for run in runs if run.record.status is Status.running])
-        self._finish([run for run in runs if run.trial.state in (TrialState.finished, TrialState.stopped)])
+        self._finish([run for run in runs if run.trial.state is TrialState.finished])
 
     # The loop's Watcher
 
@@ -148,6 +154,8 @@ class PackRunner:
             run.tracker.log(trial.step, metrics.flat("validation"))
             run.record.metrics.validation = metrics
             self.screen.validated(run, metrics)
+            if reason := self.judge(run, metrics):
+                trial.state, trial.reason = TrialState.stopped, reason
             run.spend("validate", (time.perf_counter() - start) / len(trials))
         self._clock = time.perf_counter()
 
@@ -157,7 +165,9 @@ class PackRunner:
 
     def ended(self, trial: Trial) -> Trial | None:
         if trial.state is TrialState.failed:
-            self._fail(self.runs[trial], trial.reason or "failed")
+            self._end_early(self.runs[trial], Status.failed)
+        elif trial.state is TrialState.stopped:
+            self._end_early(self.runs[trial], Status.pruned)
         else:
             self.checkpoint(trial)
         return None
@@ -169,8 +179,9 @@ class PackRunner:
             self._close(run, Status.interrupted, "stopped by a signal; the same command on this folder continues it")
         raise Interrupted
 
-    def _fail(self, run: Run, reason: str) -> None:
-        self._close(run, Status.failed, reason)
+    def _end_early(self, run: Run, status: Status) -> None:
+        """A failed or pruned run keeps what it has; its test set is not looked at."""
+        self._close(run, status, run.trial.reason)
         self.screen.ended(run)
 
     def _finish(self, runs: Sequence[Run]) -> None:

@@ -28,6 +28,7 @@ def task(composed: DictConfig) -> Any:
 
     from mathverify.prepare import prepare
     from mathverify.progress import shown
+    from mathverify.records import read_record
     from mathverify.run import Interrupted, PackRunner, heeding_signals, open_run
     from mathverify.screen import RunScreen
 
@@ -40,7 +41,7 @@ def task(composed: DictConfig) -> Any:
         screen.prepared(bench)
         run = open_run(config, folder, bench)
         if run is None:
-            return screen.finished_before()
+            return screen.finished_before(read_record(folder))
         run.spend("prepare", time.perf_counter() - start)
         try:
             PackRunner(bench, screen, stop).run([run])

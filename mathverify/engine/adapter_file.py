@@ -89,7 +89,7 @@ def _peft_config(lora: LoraConfig, base_path: str) -> dict[str, object]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config: dict[str, Any] = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}): give the folder of an adapter in PEFT's format") from error
     plain_lora = isinstance(config, dict) and config.get("peft_type") == "LORA" and isinstance(config.get("r"), int)

@@ -71,6 +71,7 @@ def _varlen(
     elif k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     out = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, scale=scaling, **extra)
+    assert isinstance(out, torch.Tensor)
     return out[None]
 
 

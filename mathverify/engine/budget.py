@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def activation_bytes(model: PackedModel, config: RunConfig) -> int:
     query/key/value with their rotated copies, and the MLP's three intermediate tensors; plus one low-rank product per
     adapted linear. Recomputed activations keep one hidden-size tensor a layer and one whole layer at a time.
     """
-    shape = model.base.model.config
+    shape: Any = model.base.model.config
     width = torch.finfo(model.base.dtype).bits // 8
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads, kv = shape.num_attention_heads, getattr(shape, "num_key_value_heads", shape.num_attention_heads)
@@ -75,5 +76,5 @@ def activation_bytes(model: PackedModel, config: RunConfig) -> int:
     low_rank = width * config.lora.rank * len(config.lora.target_modules)
     one_layer = normalised + attention + mlp + low_rank
     if config.train.memory is MemoryMode.lean:
-        return layers * hidden * width + one_layer
-    return layers * one_layer
+        return int(layers * hidden * width + one_layer)
+    return int(layers * one_layer)

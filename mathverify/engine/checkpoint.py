@@ -42,7 +42,9 @@ def save_checkpoint(trial: Trial, folder: Path, identity: str, costs: dict[str, 
     }
     file = folder / f"step-{trial.step:06d}.safetensors"
     with replacing(file) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)}
+        )
     for old in _files(folder)[KEPT:]:
         old.unlink(missing_ok=True)
     return file

@@ -99,10 +99,10 @@ class PackLinear(nn.Module):
         if active is None or all(a is None or self.name not in a.pairs for a in active.adapters):
             return y
         rows_in, rows_out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        pieces = [self._apply(rows_in, rows_out, span, active) for span in active.spans(len(rows_in))]
+        pieces = [self._span(rows_in, rows_out, span, active) for span in active.spans(len(rows_in))]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(y.shape)
 
-    def _apply(self, x: Tensor, y: Tensor, span: Span, active: Active) -> Tensor:
+    def _span(self, x: Tensor, y: Tensor, span: Span, active: Active) -> Tensor:
         x, y = x[span.start : span.end], y[span.start : span.end]
         adapter = None if span.slot is None else active.adapters[span.slot]
         if adapter is None or self.name not in adapter.pairs:
@@ -139,9 +139,7 @@ class AdapterHost:
         return {name: (p.frozen.in_features, p.frozen.out_features) for name, p in self.linears.items()}
 
     @contextmanager
-    def applying(
-        self, adapters: Sequence[Adapter | None], layout: PassLayout | None, training: bool
-    ) -> Iterator[None]:
+    def applying(self, adapters: Sequence[Adapter | None], layout: PassLayout | None, training: bool) -> Iterator[None]:
         """Within the block, slot i of a layout means adapters[i]."""
         self.active = Active(adapters, layout, training)
         try:

@@ -49,7 +49,7 @@ class PackedModel:
         """
         at_verdict = self.hidden(layout)[layout.last].float()
         rows = self.head.weight[[true_id, false_id]].float()
-        logits = at_verdict @ rows.t()
+        logits: Tensor = at_verdict @ rows.t()
         if self.head.bias is not None:
             logits = logits + self.head.bias[[true_id, false_id]].float()
         logits = self._finish(logits)

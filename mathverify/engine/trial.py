@@ -96,7 +96,7 @@ class Trial:
         ]
 
     def _ids(self, row: int, with_verdict: bool) -> NDArray[np.int32]:
-        ids = self.store.ids(row)
+        ids: NDArray[np.int32] = self.store.ids(row)
         if not with_verdict:
             return ids
         verdict = self.verdicts.true_id if self.store.labels[row] else self.verdicts.false_id
@@ -125,12 +125,14 @@ class Trial:
             grad.div_(self.loss_scale)
         norm = float(torch.linalg.vector_norm(grad))
         if not math.isfinite(loss):
-            return self.fail(f"loss is {loss} at step {self.step + 1}")
+            self.fail(f"loss is {loss} at step {self.step + 1}")
+            return None
         if not math.isfinite(norm):
             if self.loss_scale > 1.0:
                 self.loss_scale /= 2.0  # float16 overflow: not the trial's fault
-                return None
-            return self.fail(f"gradient norm is {norm} at step {self.step + 1}")
+            else:
+                self.fail(f"gradient norm is {norm} at step {self.step + 1}")
+            return None
         clip = self.config.optimizer.max_grad_norm
         if clip is not None and norm > clip:
             grad.mul_(clip / norm)
@@ -166,9 +168,8 @@ def make_optimizer(adapter: Adapter, config: OptimizerConfig) -> torch.optim.Opt
     }
     if config.kind is OptimizerKind.adamw:
         return torch.optim.AdamW([parameter], fused=True, **options)
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
     paged = config.kind is OptimizerKind.paged_adamw_8bit and flat.is_cuda
-    make = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = make([parameter], **options)
+    optimizer: torch.optim.Optimizer = (PagedAdamW8bit if paged else AdamW8bit)([parameter], **options)
     return optimizer

@@ -142,9 +142,7 @@ def test_a_pack_keeps_to_the_trial_alone_over_fifty_steps(model: PackedModel, ro
         assert curve == pytest.approx(alone, rel=1e-5)
 
 
-def test_training_learns_and_leaves_the_base_bitwise_unchanged(
-    model: PackedModel, rows: Rows, config: Config
-) -> None:
+def test_training_learns_and_leaves_the_base_bitwise_unchanged(model: PackedModel, rows: Rows, config: Config) -> None:
     before = {name: value.clone() for name, value in model.base.model.state_dict().items()}
     (curve,) = train(model, rows, [config(max_steps=60, rank=8)])
     assert np.mean(curve[-10:]) < 0.6 * np.mean(curve[:5])
@@ -175,9 +173,7 @@ def _with_optimizer(config: RunConfig, kind: OptimizerKind) -> RunConfig:
     return config
 
 
-def test_a_diverging_trial_leaves_and_the_others_do_not_notice(
-    model: PackedModel, rows: Rows, config: Config
-) -> None:
+def test_a_diverging_trial_leaves_and_the_others_do_not_notice(model: PackedModel, rows: Rows, config: Config) -> None:
     good = config(seed=1)
     (alone,) = train(model, rows, [good])
     alone_end = finals()[0]
@@ -220,7 +216,7 @@ def test_a_segment_that_cannot_fit_is_said_in_one_line(
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(PackedModel, "hidden", full)
-    with pytest.raises(UserError, match="out of memory.*memory=lean"):
+    with pytest.raises(UserError, match=r"out of memory.*memory=lean"):
         train(model, rows, [config()])
 
 

@@ -81,7 +81,9 @@ def test_training_lowers_the_loss_and_leaves_the_codes_unchanged(
     pack.add(trial)
     losses = [report.loss for _ in range(30) for _, report in pack.step()]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    assert all(torch.equal(model.host.linears[name].frozen.original.weight.data, value) for name, value in before.items())
+    assert all(
+        torch.equal(model.host.linears[name].frozen.original.weight.data, value) for name, value in before.items()
+    )
 
 
 def test_a_base_is_loaded_once(checkpoint: Path, config: Config, fresh_bases: None) -> None:
