@@ -63,9 +63,7 @@ def _same(path: Path, entry: Mapping[str, object]) -> bool:
 
 
 def _make(parent: Path, key: str, build: Callable[[Path], None]) -> None:
-    for leftover in parent.glob(
-        f".{key}.tmp-*"
-    ):  # a killed builder's: we hold the lock, so nobody is writing there
+    for leftover in parent.glob(f".{key}.tmp-*"):  # a killed builder's: we hold the lock, so nobody is writing there
         shutil.rmtree(leftover, ignore_errors=True)
     aside = parent / f".{key}.tmp-{uuid.uuid4().hex}"
     aside.mkdir()
@@ -73,9 +71,7 @@ def _make(parent: Path, key: str, build: Callable[[Path], None]) -> None:
         build(aside)
         _seal(aside)
         final = parent / key
-        if (
-            final.exists()
-        ):  # torn or corrupt; another process may still have its files mapped, which a rename allows
+        if final.exists():  # torn or corrupt; another process may still have its files mapped, which a rename allows
             broken = parent / f".{key}.tmp-{uuid.uuid4().hex}"
             final.rename(broken)
             shutil.rmtree(broken, ignore_errors=True)

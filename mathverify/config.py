@@ -382,7 +382,8 @@ def _plain(value: Any) -> Any:
 
 def from_plain(plain: dict[str, Any]) -> RunConfig:
     """The inverse of `to_plain` for a whole RunConfig; raises UserError on unknown keys."""
-    return _build(RunConfig, plain, "")
+    config: RunConfig = _build(RunConfig, plain, "")
+    return config
 
 
 def _build(cls: type, plain: dict[str, Any], where: str) -> Any:

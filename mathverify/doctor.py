@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        print(
-            f"{__doc__}\nOverrides are those of mathverify.train, e.g. model=llama31_8b prompt=with_solution."
-        )
+        print(f"{__doc__}\nOverrides are those of mathverify.train, e.g. model=llama31_8b prompt=with_solution.")
         return 0
     console = Console()
     _print_machine(console)

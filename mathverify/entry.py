@@ -57,7 +57,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     Raises:
         UserError: a value is missing or impossible.
     """
-    ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
@@ -67,7 +67,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         raise UserError(one_line(error)) from error
 
 
-class Preflight(Callback):  # type: ignore[misc]
+class Preflight(Callback):
     """Checks a run's config before Hydra makes its folder, so that bad input leaves nothing behind."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

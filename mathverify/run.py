@@ -83,7 +83,7 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
     record.device = device_name(bench.model.device)
-    record.notes["data"] = bench.report.to_plain()
+    record.notes["data"] = bench.report.to_json()
     record.notes["memory"] = bench.plan
     records.write_record(folder, record)
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
@@ -269,8 +269,8 @@ class PackRunner:
 
     def _predictions(self, split: str, scores: NDArray[np.float64]) -> records.Predictions:
         rows = getattr(self.bench.splits, split)
-        columns = [rows.column(name).to_pylist() for name in ("id", "group", "slice")]
-        return records.Predictions(*columns, self.bench.stores[split].labels, scores)
+        ids, groups, slices = (rows.column(name).to_pylist() for name in ("id", "group", "slice"))
+        return records.Predictions(ids, groups, slices, self.bench.stores[split].labels, scores)
 
     def _generate(self, run: Run, scores: NDArray[np.float64]) -> dict[str, Any]:
         """The mission's way beside ours, on the same rows: its accuracy, what could not be parsed, its seconds."""

@@ -315,9 +315,7 @@ class _Warnings(logging.Handler):
         with cls._lock:
             first, cls._said_offline = not cls._said_offline, True
         if first:
-            log.info(
-                "W&B: offline, in %s; to send it later: wandb sync '%s'", run_dir / "wandb", run_dir / "wandb"
-            )
+            log.info("W&B: offline, in %s; to send it later: wandb sync '%s'", run_dir / "wandb", run_dir / "wandb")
 
 
 @contextlib.contextmanager
@@ -325,7 +323,7 @@ def _outages_become_one_warning(run_dir: Path) -> Iterator[None]:
     """W&B fails in many ways, by exceptions of many kinds; none may reach training."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _Warnings.once(run_dir, error)
 
 
@@ -406,9 +404,7 @@ def _keep_until(path: Path, resume_step: int | None) -> None:
     if not path.exists():
         return
     kept = (
-        []
-        if resume_step is None
-        else [line for line in path.read_bytes().splitlines() if _is_up_to(line, resume_step)]
+        [] if resume_step is None else [line for line in path.read_bytes().splitlines() if _is_up_to(line, resume_step)]
     )
     write_atomic(path, b"".join(line + b"\n" for line in kept))
 

@@ -60,9 +60,7 @@ def run(monkeypatch: pytest.MonkeyPatch, **tokenizer: str | None) -> int:
     return doctor.main(["prompt.max_length=256"])
 
 
-def test_a_sound_machine_is_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sound_machine_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch) == 0
     out = capsys.readouterr().out
     for expected in ("torch", "transformers", "GPU", "verdict", "tokens: sound", "cannot be reached"):

@@ -90,9 +90,7 @@ def test_a_torn_or_foreign_result_is_one_clear_line(tmp_path: Path, content: byt
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_record(tmp_path)
-    assert (
-        "result.json" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
-    )
+    assert "result.json" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_every_cut_of_a_real_record_is_refused(tmp_path: Path) -> None:
@@ -104,11 +102,7 @@ def test_every_cut_of_a_real_record_is_refused(tmp_path: Path) -> None:
 
 
 json_trees = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=10,
 )
@@ -291,9 +285,7 @@ def test_provenance_names_versions_without_importing_them() -> None:
         "print(sorted({'torch', 'transformers', 'wandb', 'sklearn', 'scipy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -301,9 +293,7 @@ def test_provenance_of_a_checkout_has_its_commit() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     found = provenance()
-    head = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    )
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert found.git_commit == head.stdout.strip() and found.git_dirty in (True, False)
 
 

@@ -15,7 +15,8 @@ from mathverify.engine.model import PackedModel
 from mathverify.engine.passes import TokenBudget, cut
 
 if TYPE_CHECKING:
-    from mathverify.tokens.store import TokenStore, VerdictTokens
+    from mathverify.tokens.store import TokenStore
+    from mathverify.tokens.verdicts import VerdictTokens
 
 
 def score(

@@ -72,4 +72,5 @@ def _dequantize_int8(module: Any, dtype: torch.dtype) -> Tensor:
     codes, maxima = module.weight.data, module.weight.SCB
     if maxima is None:
         maxima = module.state.SCB
-    return codes.to(dtype) * (maxima.to(codes.device, torch.float32) / 127.0).to(dtype)[:, None]
+    dense: Tensor = codes.to(dtype) * (maxima.to(codes.device, torch.float32) / 127.0).to(dtype)[:, None]
+    return dense

@@ -47,7 +47,8 @@ class PassLayout:
 
     def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> None:
         assert segments, "a pass has at least one segment"
-        self.order = sorted(range(len(segments)), key=lambda i: -1 if segments[i].slot is None else segments[i].slot)
+        slots = [-1 if segment.slot is None else segment.slot for segment in segments]
+        self.order = sorted(range(len(segments)), key=slots.__getitem__)
         self.segments = [segments[i] for i in self.order]
         self.device = torch.device(device)
         lengths = np.array([len(s) for s in self.segments], dtype=np.int64)
@@ -79,7 +80,8 @@ class PassLayout:
 
     @cached_property
     def _positions(self) -> NDArray[np.int64]:
-        return np.arange(self.tokens) - np.repeat(self.offsets[:-1], self.lengths)
+        positions: NDArray[np.int64] = np.arange(self.tokens) - np.repeat(self.offsets[:-1], self.lengths)
+        return positions
 
     @cached_property
     def starts(self) -> torch.Tensor:

@@ -19,7 +19,8 @@ from mathverify.engine.schedule import learning_rate
 
 if TYPE_CHECKING:
     from mathverify.engine.model import PackedModel
-    from mathverify.tokens.store import TokenStore, VerdictTokens
+    from mathverify.tokens.store import TokenStore
+    from mathverify.tokens.verdicts import VerdictTokens
 
 
 class TrialState(Enum):

@@ -100,24 +100,16 @@ def explain(error: BaseException, where: str, config: DataConfig) -> UserError:
             f"{where}: no such folder: set data.path to a folder with data/train-*.parquet, or to a hub name"
         )
     if "GatedRepoError" in names or "gated" in text.lower():
-        return UserError(
-            f"{where}: is gated: accept its licence on its hub page and log in (hf auth login), {folder}"
-        )
+        return UserError(f"{where}: is gated: accept its licence on its hub page and log in (hf auth login), {folder}")
     if not local and _offline():
         return UserError(f"{where}: the hub client is in offline mode: unset HF_HUB_OFFLINE, {folder}")
     if local:
-        return UserError(
-            f"{where}: cannot be read ({one_line(_last(error), 120)}): mend or download the files again"
-        )
+        return UserError(f"{where}: cannot be read ({one_line(_last(error), 120)}): mend or download the files again")
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return UserError(
-            f"{where}: not on the hub, or private: check the name, log in (hf auth login), {folder}"
-        )
+        return UserError(f"{where}: not on the hub, or private: check the name, log in (hf auth login), {folder}")
     if names & _NETWORK or "connect" in text.lower() or "LocalEntryNotFoundError" in names:
         return UserError(f"{where}: the hub cannot be reached: check the network, {folder}")
-    return UserError(
-        f"{where}: cannot be loaded ({type(error).__name__}: {one_line(error, 120)}): {folder[3:]}"
-    )
+    return UserError(f"{where}: cannot be loaded ({type(error).__name__}: {one_line(error, 120)}): {folder[3:]}")
 
 
 _NETWORK = {

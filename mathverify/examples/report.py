@@ -104,9 +104,7 @@ class DataReport:
         """One printable line for each thing left out or suspicious."""
         lines = []
         for drop in self.prepared.get("dropped", []):
-            named = ", ".join(str(row) for row in drop["rows"]) + (
-                ", ..." if drop["count"] > len(drop["rows"]) else ""
-            )
+            named = ", ".join(str(row) for row in drop["rows"]) + (", ..." if drop["count"] > len(drop["rows"]) else "")
             lines.append(f"{drop['split']}: {drop['count']:,} rows dropped, {drop['reason']} (rows {named})")
         for shared in self.prepared.get("shared", []):
             lines.append(
@@ -135,9 +133,7 @@ def survey(rows: pa.Table) -> Survey:
         empty += pc.sum(pc.equal(batch.column("solution"), "")).as_py() or 0
         for entry in pc.value_counts(batch.column("slice")).to_pylist():
             slices[entry["values"]] = slices.get(entry["values"], 0) + entry["counts"]
-    labels = np.concatenate(
-        [np.empty(0, bool), *(c.to_numpy(zero_copy_only=False) for c in rows["is_correct"].chunks)]
-    )
+    labels = np.concatenate([np.empty(0, bool), *(c.to_numpy(zero_copy_only=False) for c in rows["is_correct"].chunks)])
     contradictions, contradicting = _contradictions(np.concatenate(pairs), labels)
     return Survey(
         rows=rows.num_rows,

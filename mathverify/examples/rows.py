@@ -92,9 +92,7 @@ def find_columns(config: DataConfig, present: Sequence[str], where: str) -> dict
     """
     twice = sorted({name for name in present if list(present).count(name) > 1})
     if twice:
-        raise UserError(
-            f"{where}: column {show(twice[0])} appears more than once: rename or remove one of them"
-        )
+        raise UserError(f"{where}: column {show(twice[0])} appears more than once: rename or remove one of them")
     names = {name: config.columns.get(name, name) for name in (*REQUIRED, "solution", "id")}
     found = {}
     for ours, theirs in names.items():
@@ -115,9 +113,7 @@ def _missing(where: str, ours: str, theirs: str, present: Sequence[str]) -> str:
     close = [name for name in present if name.strip().casefold() == theirs.strip().casefold()]
     listed = ", ".join(show(name) for name in present[:20])
     suggestion = close[0] if close else "<its name there>"
-    return (
-        f"{where}: no column {show(theirs)}; it has {listed or 'none'}: set +data.columns.{ours}={suggestion}"
-    )
+    return f"{where}: no column {show(theirs)}; it has {listed or 'none'}: set +data.columns.{ours}={suggestion}"
 
 
 def label_of(value: Any, map_labels: bool) -> bool | None:
@@ -136,12 +132,8 @@ def label_of(value: Any, map_labels: bool) -> bool | None:
 
 def bad_label(where: str, column: str, row: int, value: object, map_labels: bool) -> UserError:
     """The error of a label that is not a boolean."""
-    remedy = (
-        "use true/false, yes/no or 1/0" if map_labels else "make it a boolean, or set data.map_labels=true"
-    )
-    return UserError(
-        f"{where}: column {show(column)}, row {row}: {show(value)} is not a boolean label: {remedy}"
-    )
+    remedy = "use true/false, yes/no or 1/0" if map_labels else "make it a boolean, or set data.map_labels=true"
+    return UserError(f"{where}: column {show(column)}, row {row}: {show(value)} is not a boolean label: {remedy}")
 
 
 def question_group(question: str) -> str:
@@ -152,9 +144,7 @@ def question_group(question: str) -> str:
 
 def hash64(texts: Sequence[str]) -> np.ndarray:
     """xxh3-64 of each text: uint64 [n]."""
-    return np.fromiter(
-        (xxhash.xxh3_64_intdigest(t.encode("utf-8")) for t in texts), dtype=np.uint64, count=len(texts)
-    )
+    return np.fromiter((xxhash.xxh3_64_intdigest(t.encode("utf-8")) for t in texts), dtype=np.uint64, count=len(texts))
 
 
 class RowChecker:
@@ -181,20 +171,14 @@ class RowChecker:
         for name in ("question", "answer", "solution"):
             self._refuse_long(name, columns.get(name), raw.start)
         remedy = "remove the row or give it a label"
-        self._refuse_where(
-            pc.is_null(columns["is_correct"]), "is_correct", raw.start, "the label is null", remedy
-        )
-        self._refuse_where(
-            _blank(columns["question"]), "question", raw.start, "null or blank", "remove the row"
-        )
+        self._refuse_where(pc.is_null(columns["is_correct"]), "is_correct", raw.start, "the label is null", remedy)
+        self._refuse_where(_blank(columns["question"]), "question", raw.start, "null or blank", "remove the row")
         columns["solution"] = self._solutions(columns.get("solution"), rows)
         columns["id"] = self._ids(columns.get("id"), raw.start, rows)
         columns["group"] = self._groups(columns.get("group"), columns["question"], raw.start)
         given = columns.get("slice")
         columns["slice"] = _constant("all", rows) if given is None else pc.fill_null(given, "(none)")
-        batch = pa.RecordBatch.from_arrays(
-            [columns[name] for name in EXAMPLE_SCHEMA.names], EXAMPLE_SCHEMA.names
-        )
+        batch = pa.RecordBatch.from_arrays([columns[name] for name in EXAMPLE_SCHEMA.names], EXAMPLE_SCHEMA.names)
         return self._without_missing_answers(batch, raw.start).cast(EXAMPLE_SCHEMA)
 
     def finish(self) -> None:
@@ -244,9 +228,7 @@ class RowChecker:
         if given is not None:
             if given.null_count:
                 row = start + int(pc.index(pc.is_null(given), True).as_py())
-                raise UserError(
-                    f"{self.where}: column {show(self.config.group_column)}, row {row}: null: give a group"
-                )
+                raise UserError(f"{self.where}: column {show(self.config.group_column)}, row {row}: null: give a group")
             return given
         coded = questions.dictionary_encode()
         groups = pa.array([question_group(text) for text in coded.dictionary.to_pylist()], pa.string())

@@ -101,8 +101,7 @@ def _prepared(sources: list[Source], config: DataConfig, progress: Progress) -> 
     surveys = {name: Survey(**entry) for name, entry in kept["surveys"].items()}
     prepared = {"sources": [], **kept["prepared"]}
     prepared["sources"] = [
-        {"where": s.where, "split": s.split, **read}
-        for s, read in zip(sources, prepared["sources"], strict=True)
+        {"where": s.where, "split": s.split, **read} for s, read in zip(sources, prepared["sources"], strict=True)
     ]
     return Loaded(splits, fingerprint, prepared, surveys, kept["shared_questions"])
 
@@ -165,9 +164,7 @@ def _streamed(path: Path) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(index)
 
 
-def _write_split(
-    folder: Path, name: str, index: int, made: Plan, config: DataConfig, wheres: dict[str, str]
-) -> None:
+def _write_split(folder: Path, name: str, index: int, made: Plan, config: DataConfig, wheres: dict[str, str]) -> None:
     origin = "train" if name in made.taken else name
     with (
         pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file,
@@ -191,9 +188,7 @@ def _write_split(
 
 def _refuse_one_class(where: str, rows: pa.Table, remedy: str) -> None:
     if rows.num_rows == 0:
-        raise UserError(
-            f"{where}: no rows are left after those without an answer or with a shared question: {remedy}"
-        )
+        raise UserError(f"{where}: no rows are left after those without an answer or with a shared question: {remedy}")
     correct = sum(int(chunk.true_count) for chunk in rows["is_correct"].chunks)
     if correct in (0, rows.num_rows):
         raise UserError(

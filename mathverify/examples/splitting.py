@@ -87,9 +87,7 @@ def _take(made: Plan, groups: np.ndarray, name: str, config: DataConfig) -> None
             raise _too_small(name, limit, int(counts.min()))
         chosen = unique[[np.lexsort((priority(unique, config.seed, name), counts))[0]]]
     if len(chosen) == len(unique):
-        raise UserError(
-            f"data.{name}_rows = {limit} takes all of train's {len(unique)} questions: use fewer rows"
-        )
+        raise UserError(f"data.{name}_rows = {limit} takes all of train's {len(unique)} questions: use fewer rows")
     made.target["train"][free & np.isin(groups, chosen)] = SPLITS.index(name)
     made.taken.append(name)
 

@@ -113,9 +113,7 @@ def _open_parquet(path: Path, split: str, where: str, config: DataConfig) -> Sou
             total = file.metadata.num_rows
             _refuse_swollen(file.metadata, where)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{where}: is not a readable parquet file ({one_line(error)}): write it again"
-        ) from error
+        raise UserError(f"{where}: is not a readable parquet file ({one_line(error)}): write it again") from error
     if total == 0:
         raise UserError(f"{where}: has no rows: give a file with labelled rows")
     columns = find_columns(config, names, where)
@@ -142,9 +140,7 @@ def _read_parquet(path: Path, columns: dict[str, str], where: str, config: DataC
             start += batch.num_rows
 
 
-def plain_batch(
-    batch: pa.RecordBatch, columns: dict[str, str], start: int, where: str, config: DataConfig
-) -> RawBatch:
+def plain_batch(batch: pa.RecordBatch, columns: dict[str, str], start: int, where: str, config: DataConfig) -> RawBatch:
     """Arrow columns of any fitting type as RawBatch's string and bool ones; UserError names the first unfit row."""
     plain = {}
     for ours, theirs in columns.items():
@@ -162,9 +158,7 @@ def _text(column: pa.Array, name: str, start: int, where: str) -> pa.Array:
     kind = column.type
     if not (_is_text(kind) or _is_bytes(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         nested = "nested" if pa.types.is_nested(kind) else str(kind)
-        raise UserError(
-            f"{where}: column {show(name)}, row {start}: is {nested}, not text: store it as a string"
-        )
+        raise UserError(f"{where}: column {show(name)}, row {start}: is {nested}, not text: store it as a string")
     if _is_text(kind):  # Arrow does not look at the bytes of a string column unless asked
         column = column.cast(pa.large_binary())
     try:
@@ -204,9 +198,7 @@ def _labels(column: pa.Array, name: str, start: int, where: str, map_labels: boo
     return pa.array(_plain_labels(values, name, start, where, map_labels), pa.bool_())
 
 
-def _plain_labels(
-    values: Iterable[Any], name: str, start: int, where: str, map_labels: bool
-) -> Iterator[bool | None]:
+def _plain_labels(values: Iterable[Any], name: str, start: int, where: str, map_labels: bool) -> Iterator[bool | None]:
     for row, value in enumerate(values, start):
         try:
             yield label_of(value, map_labels)
@@ -226,9 +218,7 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
             number += 1
             unpacked += len(line)
             if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"{where}: line {number} is longer than {MAX_LINE_BYTES:,} bytes: shorten or remove it"
-                )
+                raise UserError(f"{where}: line {number} is longer than {MAX_LINE_BYTES:,} bytes: shorten or remove it")
             if file is not raw and unpacked > max(GZIP_FREE_BYTES, GZIP_MAX_RATIO * path.stat().st_size):
                 raise UserError(
                     f"{where}: unpacks to more than {GZIP_MAX_RATIO} times its size (line {number}): "
@@ -240,9 +230,7 @@ def _lines(path: Path, where: str) -> Iterator[tuple[int, str]]:
                 raise _not_utf8(where, f"line {number}, byte {error.start + 1}") from error
 
 
-def _batched(
-    rows: Iterator[tuple[dict[str, Any], int]], columns: dict[str, str], where: str
-) -> Iterator[RawBatch]:
+def _batched(rows: Iterator[tuple[dict[str, Any], int]], columns: dict[str, str], where: str) -> Iterator[RawBatch]:
     """Collect (values by our column names, line number) into RawBatches."""
     start, done = 1, False
     while not done:
@@ -260,10 +248,7 @@ def _batched(
         if values["question"]:
             yield RawBatch(
                 start,
-                {
-                    name: _to_arrow(name, values[name], theirs, start, where)
-                    for name, theirs in columns.items()
-                },
+                {name: _to_arrow(name, values[name], theirs, start, where) for name, theirs in columns.items()},
             )
             start += len(values["question"])
 
@@ -309,9 +294,7 @@ def _json_object(number: int, line: str, where: str) -> dict[str, Any]:
         value = _DECODER.decode(line.strip())
     except (ValueError, RecursionError) as error:
         hint = (
-            "a JSON array? write one object per line"
-            if number == 1 and line.lstrip()[:1] == "["
-            else "mend the line"
+            "a JSON array? write one object per line" if number == 1 and line.lstrip()[:1] == "[" else "mend the line"
         )
         raise UserError(f"{where}: line {number} is not JSON ({one_line(error, 80)}): {hint}") from error
     if not isinstance(value, dict):
@@ -331,9 +314,7 @@ def _json_row(
             plain[ours] = value
         else:
             kind = "nested" if isinstance(value, (dict, list)) else "a boolean"
-            raise UserError(
-                f"{where}: column {show(theirs)}, row {row}: is {kind}, not text: store it as a string"
-            )
+            raise UserError(f"{where}: column {show(theirs)}, row {row}: is {kind}, not text: store it as a string")
     return plain
 
 

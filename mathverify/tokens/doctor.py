@@ -109,9 +109,7 @@ def _check_padding(tokenizer: Any, ids: list[int], verdicts: VerdictTokens, loss
                 f"the padding token {name} is the end token, which the sequence loss would mask as padding: "
                 f"set train.loss=label, or {remedy}"
             )
-        return (
-            f"padding: {name} is the end token too; harmless here, the label loss looks at the verdict alone"
-        )
+        return f"padding: {name} is the end token too; harmless here, the label loss looks at the verdict alone"
     return f"padding: {name}, a token of its own"
 
 

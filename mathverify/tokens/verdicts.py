@@ -74,9 +74,7 @@ def _parting(before: list[int], after: list[int]) -> int:
 def check_reading(tokenizer: Any, tokens: VerdictTokens) -> None:
     """Raise UserError unless the True token reads "True" and the False token "False", whatever their case."""
     with plain(tokenizer) as inner:
-        said = [
-            inner.decode([token], skip_special_tokens=False) for token in (tokens.true_id, tokens.false_id)
-        ]
+        said = [inner.decode([token], skip_special_tokens=False) for token in (tokens.true_id, tokens.false_id)]
     read = [text.strip().casefold() for text in said]
     if read == [FALSE.casefold(), TRUE.casefold()]:
         raise UserError(

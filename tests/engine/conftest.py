@@ -60,7 +60,8 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).requires_grad_(False).eval()
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_what_peft_saves_can_be_read(model: PackedModel, rows: Rows, tmp_path: P
     theirs = get_peft_model(
         llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     )
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     adapter = load_adapter(tmp_path, model.host.shapes, model.device)
     ours = score(model, [adapter], rows, VERDICTS, TokenBudget(200))[0]  # type: ignore[arg-type]
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ TRIALS = st.fixed_dictionaries(
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(TRIALS, min_size=2, max_size=4), st.sampled_from([40, 200, 10**6]))
-def test_a_trial_in_a_pack_ends_where_it_ends_alone(trials: list[dict[str, object]], budget: int) -> None:
+def test_a_trial_in_a_pack_ends_where_it_ends_alone(trials: list[dict[str, Any]], budget: int) -> None:
     model = PackedModel(Base(llama(), torch.device("cpu"), torch.float32, "random"))
     rows = random_rows(30)
     configs = [make_config(**trial) for trial in trials]

@@ -55,9 +55,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def read(cache: Path, train: Path | str, **settings: Any) -> Loaded:
     """Load a table data set with a cache of its own."""
     fractions = {"validation_fraction": 0.2, "test_fraction": 0.2}
-    config = DataConfig(
-        source=DataSource.table, train=str(train), cache_dir=str(cache), **(fractions | settings)
-    )
+    config = DataConfig(source=DataSource.table, train=str(train), cache_dir=str(cache), **(fractions | settings))
     return load(config)
 
 

@@ -34,18 +34,14 @@ def hub_folder(folder: Path) -> Path:
         part = pa.Table.from_pylist(rows[shard * 60 : shard * 60 + 60]).select(columns)
         pq.write_table(part, folder / "data" / f"train-{shard:05d}-of-00002.parquet")
     hidden = [row | {"question": f"hidden {i}", "is_correct": True} for i, row in enumerate(rows[:30])]
-    pq.write_table(
-        pa.Table.from_pylist(hidden).select(columns), folder / "data" / "test-00000-of-00001.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist(hidden).select(columns), folder / "data" / "test-00000-of-00001.parquet")
     return folder
 
 
 def read(tmp_path: Path, path: Path | str, **settings: Any) -> Loaded:
     fractions = {"validation_fraction": 0.2, "test_fraction": 0.2}
     return load(
-        DataConfig(
-            source=DataSource.hub, path=str(path), cache_dir=str(tmp_path / "cache"), **(fractions | settings)
-        )
+        DataConfig(source=DataSource.hub, path=str(path), cache_dir=str(tmp_path / "cache"), **(fractions | settings))
     )
 
 
@@ -59,9 +55,7 @@ def test_a_labelled_test_split_is_taken_from_train(tmp_path: Path) -> None:
 
 
 def test_the_placeholder_test_split_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"split 'test', for test: .*True in all of its 30 rows.*leave data\.test null"
-    ):
+    with pytest.raises(UserError, match=r"split 'test', for test: .*True in all of its 30 rows.*leave data\.test null"):
         read(tmp_path, hub_folder(tmp_path / "nyu"), test="test")
 
 
@@ -106,9 +100,7 @@ def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(
-        "huggingface_hub.utils._http.time.sleep", lambda seconds: None
-    )  # between its retries, 23 s
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries, 23 s
     with pytest.raises(UserError, match=r"the hub cannot be reached: .*set data\.path to a local folder"):
         read(tmp_path, NAME)
 

@@ -114,9 +114,7 @@ def test_files_that_share_questions_lose_them_from_train_and_say_so() -> None:
 
 def test_limits_below_any_question_and_too_few_questions_are_refused() -> None:
     groups = {"train": np.repeat(np.arange(9, dtype=np.uint64), 5)}
-    with pytest.raises(
-        UserError, match=r"data\.train_rows = 3 is less than any question's rows \(the fewest: 5\)"
-    ):
+    with pytest.raises(UserError, match=r"data\.train_rows = 3 is less than any question's rows \(the fewest: 5\)"):
         plan(groups, config(train_rows=3))
     with pytest.raises(UserError, match=r"data\.test_rows = 4 is less"):
         plan(groups, config(test_rows=4))
@@ -135,9 +133,7 @@ def test_shared_questions_are_dropped_from_files_and_reported(tmp_path: Path) ->
     rows = make_rows()
     train, test = write(tmp_path / "train.csv", rows[:90]), write(tmp_path / "test.jsonl", rows[60:])
     loaded = read(tmp_path / "cache", train, test=str(test))
-    assert loaded.prepared["shared"] == [
-        {"split": "train", "shares_with": "test", "questions": 10, "rows_dropped": 30}
-    ]
+    assert loaded.prepared["shared"] == [{"split": "train", "shares_with": "test", "questions": 10, "rows_dropped": 30}]
     assert len(all_rows(loaded)) == 120
     assert loaded.splits.test.num_rows == 60
     assert set(loaded.shared_questions.values()) == {0}

@@ -59,9 +59,7 @@ def test_paths_may_have_spaces_and_any_letters(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
-    lines = ["question,answer,is_correct"] + [
-        f"what is {i}?,{i},{'True' if i % 2 else 'false'}" for i in range(60)
-    ]
+    lines = ["question,answer,is_correct"] + [f"what is {i}?,{i},{'True' if i % 2 else 'false'}" for i in range(60)]
     path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     rows = all_rows(read(tmp_path / "c", path))
     assert {row["answer"] for row in rows} == {str(i) for i in range(60)}
@@ -71,9 +69,7 @@ def test_a_byte_order_mark_and_crlf_change_nothing(tmp_path: Path) -> None:
 def test_a_second_start_reads_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", make_rows())
     seen: list[str] = []
-    config = DataConfig(
-        source=DataSource.table, train=str(path), cache_dir=str(tmp_path / "c"), test_fraction=0.2
-    )
+    config = DataConfig(source=DataSource.table, train=str(path), cache_dir=str(tmp_path / "c"), test_fraction=0.2)
     first = load(config, lambda what, done, total: seen.append(what))
     assert seen
     seen.clear()
@@ -263,9 +259,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     text = str(caught.value)
     assert text.isprintable(), "one line, no control characters"
     assert file in text and "data.train" in text
-    left = [
-        p for p in (tmp_path / "cache").rglob("*") if not p.name.endswith(".lock") and p.parent.name == "rows"
-    ]
+    left = [p for p in (tmp_path / "cache").rglob("*") if not p.name.endswith(".lock") and p.parent.name == "rows"]
     assert not left, "no half-made folder is left"
 
 
@@ -301,9 +295,7 @@ OBJECT = st.fixed_dictionaries({}, optional=dict.fromkeys((*TEXTS, "id"), CELL))
 TYPICAL = st.sampled_from(
     [json.dumps(row).encode() for row in make_rows(3)] + [b"question,answer,is_correct\r\n", b'q,"1",true\n']
 )
-LINES = st.lists(
-    st.one_of(TYPICAL, st.binary(max_size=40), OBJECT.map(lambda o: json.dumps(o).encode())), max_size=8
-)
+LINES = st.lists(st.one_of(TYPICAL, st.binary(max_size=40), OBJECT.map(lambda o: json.dumps(o).encode())), max_size=8)
 
 
 def _only_rows_or_user_error(path: Path, map_labels: bool) -> None:

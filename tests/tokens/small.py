@@ -40,9 +40,7 @@ def byte_level(
         pairs = [(token, inner.token_to_id(token)) for token in SPECIAL]
         inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
     given = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | roles
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, **{k: v for k, v in given.items() if v is not None}
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **{k: v for k, v in given.items() if v is not None})
 
 
 def _without_verdicts(texts: list[str], words: tuple[str, ...]) -> list[str]:
@@ -74,11 +72,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=False, unk_token="<pad>"))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(content=" ", left=1, right=0)
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    )
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     inner.add_special_tokens(SPECIAL)
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

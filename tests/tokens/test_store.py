@@ -50,9 +50,7 @@ def table(count: int = 30, solution: str = "First {i} + 1,\nthen more. ", repeat
 
 @KINDS
 @pytest.mark.parametrize("with_solution", [False, True])
-def test_ids_are_those_of_the_whole_text_in_the_rows_order(
-    tmp_path: Path, tokenizer: Any, with_solution: bool
-) -> None:
+def test_ids_are_those_of_the_whole_text_in_the_rows_order(tmp_path: Path, tokenizer: Any, with_solution: bool) -> None:
     rows = table()
     store = tokenize(rows, tokenizer, PromptConfig(with_solution, 2048), tmp_path)
     assert len(store) == rows.num_rows and store.cut == 0
@@ -153,9 +151,7 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path) -> None:
     assert calls == ["tokenising"]
 
 
-def test_whatever_decides_the_ids_is_in_the_fingerprint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_decides_the_ids_is_in_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = _store(tmp_path)
     other_rows = table().to_pylist()
     other_rows[7]["answer"] = "eight"
@@ -267,9 +263,7 @@ def test_a_tokenizer_without_a_fast_one_is_refused() -> None:
 @pytest.mark.skipif(not REAL.exists(), reason="the real rows are not on this machine")
 def test_real_rows_become_tokens_that_read_back(tmp_path: Path) -> None:
     train, validation, test = (str(REAL / f"{name}.parquet") for name in ("train", "validation", "test"))
-    config = DataConfig(
-        source=DataSource.table, train=train, validation=validation, test=test, cache_dir=str(tmp_path)
-    )
+    config = DataConfig(source=DataSource.table, train=train, validation=validation, test=test, cache_dir=str(tmp_path))
     rows = load(config).splits.test
     assert rows.num_rows > 1000 and pq.read_metadata(REAL / "test.parquet").num_rows >= rows.num_rows
     store = tokenize(rows, BPE, PromptConfig(with_solution=True, max_length=1024), tmp_path)
