@@ -7,8 +7,11 @@ own test split is never read. Naming it, data.test=test, is refused because it h
 
 from __future__ import annotations
 
+import logging
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +49,27 @@ def _load(name: str, where: str, config: DataConfig) -> Any:
 
     try:
         path = str(Path(config.path or "").expanduser()) if _is_local(config.path or "") else config.path
-        return datasets.load_dataset(path, split=name, revision=config.revision)
+        with _quiet():
+            return datasets.load_dataset(path, split=name, revision=config.revision)
     except Exception as error:  # the hub's client raises from requests, httpx, fsspec, arrow and its own tree
         raise explain(error, where, config) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep datasets' own log lines off the screen, since an error is told in one line, and its bars off a log file."""
+    import datasets
+
+    before, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _offline() -> bool:

@@ -64,7 +64,7 @@ class DataReport:
     shared_questions: dict[str, int]
     prepared: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, Any]:
         plain = asdict(self)
         for name, survey in self.splits.items():
             plain["splits"][name]["share_correct"] = survey.share_correct

@@ -61,3 +61,20 @@ def read(cache: Path, train: Path | str, **settings: Any) -> Loaded:
 
 def all_rows(loaded: Loaded) -> list[dict[str, Any]]:
     return [row for _, table in loaded.splits.items() for row in table.to_pylist()]
+
+
+def write_many(path: Path, rows: int) -> None:
+    """Many rows of the mission's size (about 740 bytes), parquet as one row group, or jsonl."""
+    filler = [f"{i:07d} ".join(["step"] * 52) for i in range(997)]
+    values = {
+        "question": [f"question {i // 67} about {filler[i // 67 % 997][:180]}" for i in range(rows)],
+        "answer": [str(i % 1000) for i in range(rows)],
+        "solution": [f"{filler[i % 997]} {i}" for i in range(rows)],
+        "is_correct": [i % 5 < 2 for i in range(rows)],
+    }
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(values), path, row_group_size=rows)
+        return
+    with path.open("w") as file:
+        for row in zip(*values.values(), strict=True):
+            file.write(json.dumps(dict(zip(values, row, strict=True))) + "\n")

@@ -23,7 +23,6 @@ def own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
-    datasets.disable_progress_bars()
 
 
 def hub_folder(folder: Path) -> Path:
@@ -76,12 +75,13 @@ def test_unknown_split_column_and_folder_are_named(tmp_path: Path) -> None:
         read(tmp_path, tmp_path / "nowhere")
 
 
-def test_a_broken_shard_is_one_line(tmp_path: Path) -> None:
+def test_a_broken_shard_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = hub_folder(tmp_path / "nyu")
     (folder / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1 half a download")
     with pytest.raises(UserError, match=r"cannot be read .*download the files again") as caught:
         read(tmp_path, folder)
     assert str(caught.value).isprintable()
+    assert capfd.readouterr() == ("", ""), "nothing beside the line itself"
 
 
 def test_offline_without_the_data_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

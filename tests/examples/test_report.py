@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +29,14 @@ ROW = st.fixed_dictionaries(
 )
 
 
-def table(rows: list[dict]) -> pa.Table:
+def table(rows: list[dict[str, Any]]) -> pa.Table:
     full = [row | {"id": str(i), "group": row["question"]} for i, row in enumerate(rows)]
     return pa.Table.from_pylist(full, EXAMPLE_SCHEMA)
 
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(ROW, max_size=30))
-def test_counts_are_those_of_a_plain_count(rows: list[dict]) -> None:
+def test_counts_are_those_of_a_plain_count(rows: list[dict[str, Any]]) -> None:
     got = survey(table(rows))
     labels = defaultdict(set)
     for row in rows:
@@ -75,7 +76,7 @@ def test_the_report_is_json_and_a_table_that_says_what_was_left_out(tmp_path: Pa
     loaded = read(tmp_path, write(tmp_path / "rows.parquet", rows))
     spread = {name: lengths(np.arange(5, 25, dtype=np.int32), 2) for name in loaded.surveys}
     report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, spread)
-    plain = json.loads(json.dumps(report.to_json()))
+    plain = json.loads(json.dumps(report.to_plain()))
     assert sum(split["rows"] for split in plain["splits"].values()) == 119
     assert sum(split["contradictions"] for split in plain["splits"].values()) == 1
     out = io.StringIO()

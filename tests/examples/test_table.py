@@ -22,7 +22,7 @@ from mathverify.examples.rows import MAX_FIELD_BYTES, RowChecker
 from mathverify.examples.schema import EXAMPLE_SCHEMA
 from mathverify.examples.sources import load, rows_fingerprint
 from mathverify.examples.table import open_table
-from tests.examples.files import FORMATS, all_rows, make_rows, read, write
+from tests.examples.files import FORMATS, all_rows, make_rows, read, write, write_many
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_verification"
 TEXTS = ("question", "answer", "solution", "is_correct")
@@ -378,29 +378,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, ending: str) -> None
     held = {}
     for rows in (50_000, 250_000):
         path = tmp_path / f"{rows}.{ending}"
-        _write_many(path, rows)
+        write_many(path, rows)
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache")],
             capture_output=True,
             text=True,
             check=True,
+            cwd=Path(__file__).parents[2],
         )
         held[rows], count = json.loads(done.stdout)
         assert count == rows
     assert held[250_000] - held[50_000] < 0.25 * 200_000 * 740
-
-
-def _write_many(path: Path, rows: int) -> None:
-    filler = [f"{i:07d} ".join(["step"] * 52) for i in range(997)]
-    values = {
-        "question": [f"question {i // 67} about {filler[i // 67 % 997][:180]}" for i in range(rows)],
-        "answer": [str(i % 1000) for i in range(rows)],
-        "solution": [f"{filler[i % 997]} {i}" for i in range(rows)],
-        "is_correct": [i % 5 < 2 for i in range(rows)],
-    }
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table(values), path, row_group_size=rows)
-        return
-    with path.open("w") as file:
-        for row in zip(*values.values(), strict=True):
-            file.write(json.dumps(dict(zip(values, row, strict=True))) + "\n")

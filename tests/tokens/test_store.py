@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from mathverify.examples.sources import load
 from mathverify.prompts import PromptParts, render
 from mathverify.tokens import TokenStore, tokenize, verdict_tokens
 from mathverify.tokens.encoding import encode_prompts, encode_text, plain
+from tests.examples.files import write_many
 from tests.tokens.small import byte_level, sentencepiece_like
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "real_verification"
@@ -191,16 +195,23 @@ def test_a_damaged_cache_is_remade(tmp_path: Path, file: str, damage: str) -> No
     assert not list((tmp_path / "tokens").glob(".*tmp*"))
 
 
-def _work(cache: Path, queue: Any) -> None:
+def _work(cache: Path, together: Any, queue: Any) -> None:
     calls: list[int] = []
-    store = tokenize(table(200), byte_level(), PromptConfig(), cache, lambda what, done, total: calls.append(done))
+
+    def slowly(what: str, done: int, total: int | None) -> None:
+        calls.append(done)
+        time.sleep(1.0)  # so that the others come while this one is at work
+
+    tokenizer = byte_level()
+    together.wait(60)
+    store = tokenize(table(200), tokenizer, PromptConfig(), cache, slowly)
     queue.put((len(calls), int(store.lengths.sum()), len(store)))
 
 
 def test_processes_that_start_together_do_the_work_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_work, args=(tmp_path, queue)) for _ in range(3)]
+    queue, together = context.Queue(), context.Barrier(3)
+    workers = [context.Process(target=_work, args=(tmp_path, together, queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
     results = [queue.get(timeout=120) for _ in workers]
@@ -264,3 +275,43 @@ def test_real_rows_become_tokens_that_read_back(tmp_path: Path) -> None:
         assert text.endswith(f"Answer:\n{example.answer}\n\nOutput:\n")
         assert verdicts.true_id != store.ids(i)[-1] != verdicts.false_id
     assert uncut == rows.num_rows - store.cut and 0 < store.cut < rows.num_rows / 2
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from mathverify.config import DataConfig, DataSource, PromptConfig
+from mathverify.examples.sources import load
+from mathverify.tokens import tokenize
+from tests.tokens.small import byte_level
+def anonymous():
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024
+cache = Path(sys.argv[2])
+rows = load(DataConfig(source=DataSource.table, train=sys.argv[1], cache_dir=str(cache))).splits.train
+tokenizer = byte_level()
+start = peak = anonymous()
+def watch(what, done, total):
+    global peak
+    peak = max(peak, anonymous())
+store = tokenize(rows, tokenizer, PromptConfig(with_solution=True), cache, watch)
+print(max(peak, anonymous()) - start, store.lengths.sum())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """Tokenising six times the rows holds hardly more: far less than their ids, let alone lists of them."""
+    held, tokens = {}, {}
+    for rows in (10_000, 60_000):
+        path = tmp_path / f"{rows}.parquet"
+        write_many(path, rows)
+        command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache")]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+        held[rows], tokens[rows] = map(int, done.stdout.split())
+    ids_bytes = 4 * (tokens[60_000] - tokens[10_000])
+    assert ids_bytes > 40e6
+    assert held[60_000] - held[10_000] < 0.4 * ids_bytes, (held, tokens)
