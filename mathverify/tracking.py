@@ -231,12 +231,15 @@ class _Mirror:
     def _start(self) -> Any:
         import wandb
 
-        wandb.setup(settings=wandb.Settings(silent=True))
-        _Warnings.listen(self._run_dir)
+        quiet = wandb.Settings(silent=True)
+        wandb.setup(settings=quiet)
+        wandb.termsetup(quiet, _Warnings(self._run_dir))
         with _starting:  # one at a time: after the first outage the others of a pack need not try
             if self._online and not _Warnings.outage():
                 with _outages_become_one_warning(self._run_dir):
                     return self._init("online")
+                # W&B's service holds on to an id whose start failed (finishing it there hangs), hence another.
+                self._id = _run_id(self._run_dir, renew=True)
             run = self._init("offline")
         if not self._online:
             _Warnings.say_offline(self._run_dir)
@@ -269,30 +272,27 @@ class _Mirror:
 _starting = threading.Lock()
 
 
-class _Warnings(logging.Handler):
-    """Turns W&B's complaints, from any thread of this process, into one warning a process."""
+class _Warnings:
+    """Turns W&B's complaints, from any thread of this process, into one warning a process.
+
+    An instance stands in for W&B's terminal: its silent mode hands over what it would have printed.
+    """
 
     _lock = threading.Lock()
     _warned = False
     _said_offline = False
-    _listening: _Warnings | None = None
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__(logging.WARNING)
         self._run_dir = run_dir
 
-    @classmethod
-    def listen(cls, run_dir: Path) -> None:
-        """Hear what W&B would have printed; in its silent mode that goes to its logger."""
-        with cls._lock:
-            if cls._listening is None:
-                cls._listening = cls(run_dir)
-                logging.getLogger("wandb").addHandler(cls._listening)
+    def info(self, msg: str) -> None:
+        pass
 
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "Fatal error while uploading" in text or "Timed out finishing" in text:
-            self.once(self._run_dir, text)
+    def warning(self, msg: str) -> None:
+        if "Fatal error while uploading" in msg or "Timed out finishing" in msg:
+            self.once(self._run_dir, msg)
+
+    error = warning
 
     @classmethod
     def outage(cls) -> bool:
@@ -389,10 +389,10 @@ def _has_key() -> bool:
     return False
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_id(run_dir: Path, renew: bool = False) -> str:
     """The run's W&B id: made once, kept in the run folder, so that a continued run continues there too."""
     path = run_dir / IDENTITY
-    if path.exists():
+    if path.exists() and not renew:
         kept = read_json(path)
         if isinstance(kept, dict) and isinstance(kept.get("wandb_id"), str) and kept["wandb_id"].isalnum():
             return str(kept["wandb_id"])

@@ -113,7 +113,9 @@ def test_a_kill_loses_no_logged_line(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", program, str(tmp_path)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 41))
 
