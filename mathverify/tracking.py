@@ -14,6 +14,8 @@ import netrc
 import os
 import queue
 import secrets
+import shlex
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -239,6 +241,8 @@ class _Mirror:
                 with _outages_become_one_warning(self._run_dir):
                     return self._init("online")
                 # W&B's service holds on to an id whose start failed (finishing it there hangs), hence another.
+                for folder in self._run_dir.glob(f"wandb/run-*-{self._id}"):
+                    shutil.rmtree(folder, ignore_errors=True)  # it holds no numbers
                 self._id = _run_id(self._run_dir, renew=True)
             run = self._init("offline")
         if not self._online:
@@ -306,8 +310,10 @@ class _Warnings:
             said = " ".join(str(redact(str(cause))).split())[:300]
             log.warning(
                 "W&B does not take everything (%s). Training goes on; all numbers are in %s, "
-                "and what W&B missed can be sent later: wandb sync '%s'",
-                said, run_dir / METRICS, run_dir / "wandb",
+                "and what W&B missed can be sent later: %s",
+                said,
+                run_dir / METRICS,
+                _sync_command(run_dir),
             )  # fmt: skip
 
     @classmethod
@@ -315,9 +321,11 @@ class _Warnings:
         with cls._lock:
             first, cls._said_offline = not cls._said_offline, True
         if first:
-            log.info(
-                "W&B: offline, in %s; to send it later: wandb sync '%s'", run_dir / "wandb", run_dir / "wandb"
-            )
+            log.info("W&B: offline, in %s; to send it later: %s", run_dir / "wandb", _sync_command(run_dir))
+
+
+def _sync_command(run_dir: Path) -> str:
+    return f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/*run-*"
 
 
 @contextlib.contextmanager

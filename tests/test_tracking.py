@@ -57,9 +57,7 @@ def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(tracking._Warnings, "_said_offline", False)
     yield
     if "wandb" in sys.modules:
-        from wandb.sdk.lib import wbauth
-
-        wbauth.unauthenticate_session()  # the client keeps the first server's login for the whole process
+        sys.modules["wandb"].teardown()  # it keeps the first server and login for the whole process
 
 
 @pytest.fixture
@@ -317,6 +315,28 @@ def test_an_outage_costs_one_warning_and_a_bounded_wait(
     assert len(warned) == 1 and "wandb sync" in warned[0].getMessage()
     assert "wandb:" not in capfd.readouterr().err
     assert planted_in(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_sent_later_and_lands_in_its_group(
+    server: LoopbackWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    with open_tracker(
+        RunConfig(tracking=TrackingConfig(group="study")), tmp_path, finish_seconds=20
+    ) as tracker:
+        for step in range(1, 6):
+            tracker.log(step, {"train/loss": 1 / step})
+        tracker.summarize({"test/accuracy": 0.75})
+    assert not server.bodies, "offline means offline"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    runs = [str(p) for p in (tmp_path / "wandb").glob("*run-*") if p.is_dir() and not p.is_symlink()]
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", *runs]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    rows = [row for row in server.rows(wandb_id(tmp_path)) if "train/loss" in row]
+    assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 6)]
+    assert {u.get("groupName") for u in server.upserts if u.get("groupName")} == {"study"}
+    assert server.summary[wandb_id(tmp_path)]["test/accuracy"] == 0.75
 
 
 def test_a_failing_action_does_not_reach_training(
