@@ -33,7 +33,7 @@ from mathverify.records import Predictions, Status, read_json, redact, write_ato
 METRICS = "metrics.jsonl"
 IDENTITY = "tracking.json"
 STEP = "train/step"
-Value = float | int | None
+Value = float | int | np.floating[Any] | np.integer[Any] | None
 
 # (name or pattern, summary): how W&B keeps a metric's best, so that its runs table ranks without clicks.
 DEFINITIONS = (
