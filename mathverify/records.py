@@ -149,7 +149,8 @@ class RunRecord:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready, enums by value."""
-        return to_plain(self)
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 def write_record(run_dir: Path, record: RunRecord) -> Path:
@@ -167,9 +168,7 @@ def read_record(run_dir: Path) -> RunRecord:
     plain = read_json(path)
     version = plain.get("schema_version") if isinstance(plain, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path}: written in schema {version}, this version reads {SCHEMA_VERSION}: update mathverify"
-        )
+        raise UserError(f"{path}: written in schema {version}, this version reads {SCHEMA_VERSION}: update mathverify")
     try:
         record: RunRecord = _record_adapter().validate_python(plain)
     except ValidationError as error:
@@ -207,7 +206,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -236,9 +235,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes(), parse_constant=_refuse_constant, parse_float=_finite)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file: check the path, or let the run that should write it finish"
-        ) from None
+        raise UserError(f"{path}: no such file: check the path, or let the run that should write it finish") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable as JSON ({_one_line(str(error))}): it is torn or another program's; "
@@ -364,9 +361,7 @@ def _check_writable(path: Path) -> None:
     """Refuse a path that is a file, or whose nearest existing folder does not let us write (tried, not asked)."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise UserError(
-            f"{path}: {nearest} is a file, not a folder: choose another run folder (hydra.run.dir=...)"
-        )
+        raise UserError(f"{path}: {nearest} is a file, not a folder: choose another run folder (hydra.run.dir=...)")
     probe = nearest / f".probe.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         probe.touch(exist_ok=False)
@@ -391,9 +386,7 @@ def _refuse_foreign(path: Path) -> None:
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The first few settings that differ, as 'lora.rank is 16 there, 64 here'."""
     a, b = _flatten(redact(theirs)), _flatten(redact(ours))
-    ignored = tuple(
-        f"{part}.{name}" if part else name for part, names in NOT_OF_THE_RESULT.items() for name in names
-    )
+    ignored = tuple(f"{part}.{name}" if part else name for part, names in NOT_OF_THE_RESULT.items() for name in names)
     keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     keys = [k for k in keys if not any(k == i or k.startswith(f"{i}.") for i in ignored)]
     said = [f"{k} is {_one_line(str(a.get(k)))} there, {_one_line(str(b.get(k)))} here" for k in keys[:3]]

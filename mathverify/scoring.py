@@ -280,9 +280,7 @@ class _Table:
     codes: NDArray[np.int64]
 
     @classmethod
-    def build(
-        cls, scores: Floats, labels: NDArray[np.bool_], groups: NDArray[Any], threshold: float
-    ) -> _Table:
+    def build(cls, scores: Floats, labels: NDArray[np.bool_], groups: NDArray[Any], threshold: float) -> _Table:
         from scipy.special import expit
 
         names, codes = np.unique(groups, return_inverse=True)
@@ -311,7 +309,8 @@ class _Table:
 
     @property
     def totals(self) -> Floats:
-        return self.sums.sum(axis=0)
+        totals: Floats = self.sums.sum(axis=0)
+        return totals
 
     @property
     def point(self) -> dict[str, float]:
@@ -348,14 +347,10 @@ def _draws(questions: int, resamples: int, seed: int) -> Iterator[Floats]:
         rows = min(chunk, resamples - start)
         picks = rng.integers(0, questions, (rows, questions))
         picks += np.arange(rows)[:, None] * questions
-        yield (
-            np.bincount(picks.ravel(), minlength=rows * questions).reshape(rows, questions).astype(np.float64)
-        )
+        yield (np.bincount(picks.ravel(), minlength=rows * questions).reshape(rows, questions).astype(np.float64))
 
 
-def _auroc_replicates(
-    scores: Floats, labels: NDArray[np.bool_], table: _Table, resamples: int, seed: int
-) -> Floats:
+def _auroc_replicates(scores: Floats, labels: NDArray[np.bool_], table: _Table, resamples: int, seed: int) -> Floats:
     """AUROC of each resample, float64 [resamples], as weighted Mann-Whitney statistics over sorted scores."""
     order = np.argsort(scores, kind="stable")
     _, starts = np.unique(scores[order], return_index=True)
@@ -386,9 +381,7 @@ class _Intervals:
         """Accuracy, base rate or a cell's share: Wilson, or the bootstrap where questions repeat."""
         value = self.table.point[name]
         if not self.table.repeats:
-            return Interval(
-                value, *wilson(value * self.table.rows, self.table.rows, self.confidence), "Wilson"
-            )
+            return Interval(value, *wilson(value * self.table.rows, self.table.rows, self.confidence), "Wilson")
         questions = self.table.questions
         bounds = wilson(value * questions, questions, self.confidence)
         return self._clustered(name, bounds, "Wilson, one row a question (no spread between questions)")
@@ -473,18 +466,14 @@ class _Intervals:
         return float(np.count_nonzero(self.table.sums[:, list(cells)].sum(axis=1)))
 
 
-def _mean_of_shares(
-    first: tuple[float, float], second: tuple[float, float], confidence: float
-) -> tuple[float, float]:
+def _mean_of_shares(first: tuple[float, float], second: tuple[float, float], confidence: float) -> tuple[float, float]:
     """Interval of the mean of two independent shares (successes, trials), by variance recovery (Zou & Donner)."""
     (a, (al, ah)), (b, (bl, bh)) = ((s / n, wilson(s, n, confidence)) for s, n in (first, second))
     mean = (a + b) / 2
     return mean - math.hypot(a - al, b - bl) / 2, mean + math.hypot(ah - a, bh - b) / 2
 
 
-def _auroc_interval(
-    scores: Floats, labels: NDArray[np.bool_], codes: NDArray[np.int64], confidence: float
-) -> Interval:
+def _auroc_interval(scores: Floats, labels: NDArray[np.bool_], codes: NDArray[np.int64], confidence: float) -> Interval:
     """AUROC by placements; variance by Obuchowski (1997), which is DeLong's where no question repeats."""
     right, wrong = int(labels.sum()), int((~labels).sum())
     if right == 0 or wrong == 0:
@@ -553,9 +542,7 @@ def _z(confidence: float) -> float:
     return float(norm.isf((1.0 - confidence) / 2.0))
 
 
-def _columns(
-    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike
-) -> tuple[Floats, NDArray[np.bool_], NDArray[Any]]:
+def _columns(scores: ArrayLike, labels: ArrayLike, groups: ArrayLike) -> tuple[Floats, NDArray[np.bool_], NDArray[Any]]:
     """The three columns as arrays of equal length, scores finite."""
     scored = np.asarray(scores, dtype=np.float64)
     labelled, grouped = np.asarray(labels), np.asarray(groups)

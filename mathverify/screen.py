@@ -1,131 +1,172 @@
-"""What a person sees: the progress of training and the closing table. Formats only; measures and writes nothing."""
+"""What a person sees of one run: the data, a bar while it trains, a small table at the end. Computes nothing."""
 
 from __future__ import annotations
 
+import sys
 import time
-import unicodedata
+from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from mathverify.records import RunRecord
-from mathverify.scoring import Interval
+from mathverify.records import RunRecord, Status
+from mathverify.run import Run, Screen
+from mathverify.scoring import Interval, Metrics
 
-PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+if TYPE_CHECKING:
+    from mathverify.config import RunConfig
+    from mathverify.engine.trial import StepReport
+    from mathverify.prepare import Workbench
 
-
-def printable(text: str) -> str:
-    """Text of unknown origin (data sets, model names) with control characters written out, e.g. ESC as \\x1b.
-
-    Terminals obey control characters, bidirectional overrides and the like; newlines are written out too.
-    """
-    return "".join(c if unicodedata.category(c) not in _UNPRINTABLE else _written_out(c) for c in text)
-
-
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+SECONDS_BETWEEN_LINES = 10.0
+"""Where there is no terminal to draw a bar on."""
 
 
-def _written_out(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+class RunScreen(Screen):
+    """One run on stdout: a moving bar on a terminal, a line now and then elsewhere."""
 
-
-class TrainingProgress:
-    """A progress bar with step, loss, tokens/s and time left; sparse plain lines where there is no terminal.
-
-    Use as a context manager; `update` after every step.
-    """
-
-    def __init__(self, steps: int, console: Console | None = None, description: str = "training") -> None:
-        self._steps, self._description = steps, printable(description)
-        self._console = console or Console(stderr=True)
+    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None) -> None:
+        self.config, self.folder = config, folder
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._started = time.perf_counter()
+        self._said = time.monotonic()
         self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._said = 0.0
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        self._began = self._said = time.monotonic()
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}", markup=False),
-                TextColumn("{task.fields[rate]} tokens/s", markup=False),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(self._description, total=self._steps, loss="-", rate="-")
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._put_bar_away()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show that `step` steps are done. loss: mean of the step; tokens_per_second: of training so far."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_per_second:,.0f}")
-            return
-        now = time.monotonic()
-        if step < self._steps and now - self._said < PLAIN_SECONDS:
-            return
-        self._said = now
-        left = (now - self._began) / max(step, 1) * (self._steps - step)
-        self._console.print(
-            f"{self._description} {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-            f"{_duration(left)} left",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+    def prepared(self, bench: Workbench) -> None:
+        """The data report, and what the run will need."""
+        self.console.print(bench.report.render())
+        base = f"{self.config.model.name} on {bench.model.device}, {self.config.quantization.kind.value} quantization"
+        self.console.print(f"base: {base}; {bench.plan}", markup=False)
+        self.console.print(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}", markup=False)
+
+    # Screen
+
+    def phase(self, name: str) -> None:
+        self._put_bar_away()
+        if name == "training" and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                TextColumn("left  {task.fields[validation]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=self.config.train.steps, loss=float("nan"), speed=0.0, validation=""
+            )
+            self._bar.start()
+        elif not self.console.is_terminal:
+            self.console.print(f"{name} ...", markup=False)
+
+    def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=report.step, loss=report.loss, speed=tokens_per_second)
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            left = run.seconds["train"] / report.step * (run.trial.steps - report.step)
+            self.console.print(
+                f"step {report.step}/{run.trial.steps}  loss {report.loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                f"{left:.0f} s left",
+                markup=False,
+            )
+
+    def validated(self, run: Run, metrics: Metrics) -> None:
+        said = f"validation {_share(metrics.accuracy)}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, validation=said)
+        else:
+            self.console.print(f"step {run.trial.step}/{run.trial.steps}  {said}", markup=False)
+
+    def ended(self, run: Run) -> None:
+        self._put_bar_away()
+
+    # Last words
+
+    def result(self, run: Run) -> float | None:
+        """Print the final table; exit 1 when the run failed. Returns validation accuracy, for sweepers."""
+        if run.record.status is Status.failed:
+            self.console.print(f"failed: {run.record.reason}; what there is lies in {self.folder}", markup=False)
+            sys.exit(1)
+        self.console.print(final_table(run.record, self.folder, time.perf_counter() - self._started))
+        return _validation_accuracy(run.record)
+
+    def finished_before(self, record: RunRecord) -> float | None:
+        """The folder holds this very run, finished: show its result again."""
+        self.console.print("this run is already finished; its result:")
+        self.console.print(final_table(record, self.folder, sum(record.costs.seconds.values())))
+        return _validation_accuracy(record)
+
+    def interrupted(self) -> None:
+        """A signal ended the run; say how to go on."""
+        self._put_bar_away()
+        continuing = " ".join([*sys.argv[1:], f"hydra.run.dir={self.folder}"])
+        self.console.print(
+            f"stopped; the state is saved. Continue with: python -m mathverify.train {continuing}", markup=False
         )
 
+    def _put_bar_away(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-def show_result(record: RunRecord, run_dir: object, console: Console | None = None) -> None:
-    """Print the closing table of a run: metrics with intervals, costs, and where the run folder is."""
-    console = console or Console()
+
+def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
+    """The last lines of a run: quality with intervals, the base it started from, cost, and where everything is."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     metrics, costs = record.metrics, record.costs
-    table = Table(
-        title=Text(printable(f"{record.name}: {record.status.value}")),
-        show_header=False,
-        title_justify="left",
-    )
-    table.add_column("what", overflow="fold")
-    table.add_column("value", overflow="fold", min_width=len("0.000  [0.000, 0.000]"))
-    if record.reason:
-        table.add_row("reason", Text(printable(record.reason)))
-    if metrics.test is not None:
-        percent = f"{metrics.test.confidence:.0%}"
-        table.add_row(f"test accuracy ({percent} interval)", _with_interval(metrics.test.accuracy))
-        table.add_row("AUROC", _with_interval(metrics.test.auroc))
-        table.add_row("Brier", _with_interval(metrics.test.brier))
-        table.add_row("base rate", _with_interval(metrics.test.base_rate))
-    if metrics.zero_shot is not None:
-        table.add_row("zero-shot accuracy of the base", _with_interval(metrics.zero_shot.accuracy))
-    if costs.seconds:
-        phases = ", ".join(f"{printable(name)} {seconds:.1f}" for name, seconds in costs.seconds.items())
-        table.add_row("seconds", f"{sum(costs.seconds.values()):.1f} ({phases})")
-    if costs.tokens_per_second is not None:
-        table.add_row("training tokens/s", f"{costs.tokens_per_second:,.0f}")
-    console.print(table)
-    console.print(Text(f"run folder: {printable(str(run_dir))}"), soft_wrap=True)
+    test, zero = metrics.test, metrics.zero_shot
+
+    def row(name: str, value: str) -> None:
+        table.add_row(Text(name, style="bold"), Text(value))
+
+    if test is not None:
+        row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
+        row("AUROC", _number(test.auroc))
+        row("Brier", _number(test.brier))
+        row("base rate", _share(test.base_rate))
+    row("zero-shot", _share(zero.accuracy) if zero is not None else "not measured")
+    if metrics.tuned is not None:
+        row("tuned threshold", f"{_share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
+    if (generated := record.notes.get("generated")) is not None:
+        accuracy = generated["metrics"]["accuracy"]
+        row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
+    row("seconds", f"{seconds:.1f} ({', '.join(f'{phase} {spent:.1f}' for phase, spent in costs.seconds.items())})")
+    row("tokens/s", f"{costs.tokens_per_second:,.0f} in training" if costs.tokens_per_second else "no training")
+    row("run folder", str(folder))
+    return table
 
 
-def _with_interval(interval: Interval) -> str:
+def _share(interval: Interval) -> str:
+    return _with_interval(interval, lambda x: f"{x:.1%}")
+
+
+def _number(interval: Interval) -> str:
+    return _with_interval(interval, lambda x: f"{x:.3f}")
+
+
+def _with_interval(interval: Interval, spell: Callable[[float], str]) -> str:
     if interval.value is None:
         return f"undefined: {interval.reason}"
     if interval.low is None or interval.high is None:
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f}  [{interval.low:.3f}, {interval.high:.3f}]"
+        return spell(interval.value)
+    return f"{spell(interval.value)} [{spell(interval.low)}, {spell(interval.high)}]"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def _validation_accuracy(record: RunRecord) -> float | None:
+    return record.metrics.validation.accuracy.value if record.metrics.validation is not None else None

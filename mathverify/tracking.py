@@ -77,7 +77,7 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{self._path}: cannot write ({error.strerror}): free space, then run the same command again: it continues"
+                f"{self._path}: cannot write ({error.strerror}): free space and run the same command again: it goes on"
             ) from error
 
     def summarize(self, values: Mapping[str, Value | str]) -> None:
@@ -208,7 +208,7 @@ class _Mirror:
         self._actions.put(action)
 
     def close(self, status: Status) -> None:
-        """End the run with its status; waits no longer than starting (twice: online, offline) and uploading may take."""
+        """End the run with its status; waits no longer than starting (online, then offline) and uploading may take."""
         if self._thread is None:
             return
         self._actions.put(status)
@@ -237,16 +237,21 @@ class _Mirror:
         wandb.setup(settings=quiet)
         wandb.termsetup(quiet, _Warnings(self._run_dir))
         with _starting:  # one at a time: after the first outage the others of a pack need not try
-            if self._online and not _Warnings.outage():
-                with _outages_become_one_warning(self._run_dir):
-                    return self._init("online")
-                # W&B's service holds on to an id whose start failed (finishing it there hangs), hence another.
-                for folder in self._run_dir.glob(f"wandb/run-*-{self._id}"):
-                    shutil.rmtree(folder, ignore_errors=True)  # it holds no numbers
-                self._id = _run_id(self._run_dir, renew=True)
-            run = self._init("offline")
+            run = self._start_online() if self._online and not _Warnings.outage() else None
+            run = run or self._init("offline")
         if not self._online:
             _Warnings.say_offline(self._run_dir)
+        return run
+
+    def _start_online(self) -> Any:
+        """The online run, or None when the server does not take it."""
+        run = None
+        with _outages_become_one_warning(self._run_dir):
+            run = self._init("online")
+        if run is None:  # W&B's service holds on to an id whose start failed (finishing it there hangs): take another
+            for folder in self._run_dir.glob(f"wandb/run-*-{self._id}"):
+                shutil.rmtree(folder, ignore_errors=True)  # it holds no numbers
+            self._id = _run_id(self._run_dir, renew=True)
         return run
 
     def _init(self, mode: str) -> Any:
@@ -333,7 +338,7 @@ def _outages_become_one_warning(run_dir: Path) -> Iterator[None]:
     """W&B fails in many ways, by exceptions of many kinds; none may reach training."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         _Warnings.once(run_dir, error)
 
 
@@ -414,9 +419,7 @@ def _keep_until(path: Path, resume_step: int | None) -> None:
     if not path.exists():
         return
     kept = (
-        []
-        if resume_step is None
-        else [line for line in path.read_bytes().splitlines() if _is_up_to(line, resume_step)]
+        [] if resume_step is None else [line for line in path.read_bytes().splitlines() if _is_up_to(line, resume_step)]
     )
     write_atomic(path, b"".join(line + b"\n" for line in kept))
 

@@ -34,9 +34,7 @@ class LoopbackWandb:
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        )
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
     def url(self) -> str:
@@ -95,9 +93,7 @@ class LoopbackWandb:
             }
         if "RunResumeStatus" in query or "RunStatus" in query:
             return {
-                "data": {
-                    "model": {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}, "bucket": None}
-                }
+                "data": {"model": {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}, "bucket": None}}
             }
         return {"errors": [{"message": "not known to the loopback server"}]}
 

@@ -34,9 +34,7 @@ def own_questions(rows: int) -> np.ndarray:
     return np.array([f"q{i}" for i in range(rows)])
 
 
-def sample(
-    rows: int, questions: int, seed: int, sharpness: float = 1.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample(rows: int, questions: int, seed: int, sharpness: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores with an effect shared by rows of a question, and labels true with probability expit(sharpness x score)."""
     rng = np.random.default_rng(seed)
     codes = np.arange(rows) if questions == rows else rng.integers(0, questions, rows)
@@ -110,9 +108,7 @@ def test_delong_is_the_textbook_sum_when_no_question_repeats() -> None:
     assert "DeLong" in found.method and "clustered" not in found.method
 
 
-@pytest.mark.parametrize(
-    ("rows", "questions", "sharpness"), [(300, 300, 1.0), (300, 40, 1.0), (300, 40, 0.5)]
-)
+@pytest.mark.parametrize(("rows", "questions", "sharpness"), [(300, 300, 1.0), (300, 40, 1.0), (300, 40, 0.5)])
 def test_intervals_cover_the_truth(rows: int, questions: int, sharpness: float) -> None:
     """95% intervals hold the population's value in about 95 of 100 data sets (binomial bound below: 0.88 of 150)."""
     scores, labels, groups = sample(200_000, 200_000, seed=5, sharpness=sharpness)
@@ -248,11 +244,7 @@ def test_bad_columns_are_refused_in_one_line(scores: list, labels: list, groups:
     assert "\n" not in str(caught.value)
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(-5, 5) | st.sampled_from([0.0, 1.0, 1.0 + 2**-52]), st.booleans()), min_size=1
-    )
-)
+@given(st.lists(st.tuples(st.floats(-5, 5) | st.sampled_from([0.0, 1.0, 1.0 + 2**-52]), st.booleans()), min_size=1))
 @settings(max_examples=150, deadline=None)
 def test_no_threshold_beats_the_tuned_one(rows: list[tuple[float, bool]]) -> None:
     scores, labels = np.array([s for s, _ in rows]), np.array([y for _, y in rows])

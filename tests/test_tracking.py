@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback_wandb import KEY, LoopbackWandb
 
 from mathverify import tracking
 from mathverify.config import LoraConfig, RunConfig, TrackingConfig, TrackingKind, TrackingMode
 from mathverify.errors import UserError
 from mathverify.records import Predictions, Status
 from mathverify.tracking import Tracker, WandbTracker, open_tracker
+from tests.loopback_wandb import KEY, LoopbackWandb
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = RunConfig(tracking=TrackingConfig(kind=TrackingKind.none))
@@ -128,9 +128,7 @@ def test_a_continued_run_has_each_step_once(tmp_path: Path) -> None:
     with open_tracker(OFF, tmp_path, resume_step=5) as tracker:
         for step in range(6, 10):
             tracker.log(step, {"train/loss": float(step)})
-    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [
-        (k, float(k)) for k in range(1, 10)
-    ]
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [(k, float(k)) for k in range(1, 10)]
     open_tracker(OFF, tmp_path).finish()
     assert lines(tmp_path) == []  # a fresh start keeps nothing
 
@@ -166,13 +164,11 @@ def test_a_key_in_netrc_counts_for_its_host_only(
 
 def test_online_without_a_key_is_refused_with_the_remedy(calm: None, tmp_path: Path) -> None:
     config = RunConfig(tracking=TrackingConfig(mode=TrackingMode.online))
-    with pytest.raises(UserError, match="WANDB_API_KEY.*wandb login.*offline"):
+    with pytest.raises(UserError, match=r"WANDB_API_KEY.*wandb login.*offline"):
         open_tracker(config, tmp_path)
 
 
-def test_wandbs_own_switches_are_honoured(
-    calm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_wandbs_own_switches_are_honoured(calm: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert not tracking._goes_online(TrackingMode.auto)
@@ -203,9 +199,7 @@ def test_a_pack_streams_while_it_runs_and_leaves_no_secret(server: LoopbackWandb
     assert len(set(ids)) == 2
     for step in range(1, 11):
         for tracker, rank in zip(trackers, ranks, strict=True):
-            tracker.log(
-                step, {"train/loss": rank / step, "train/learning_rate": 1e-4, "train/tokens_per_second": 9.0}
-            )
+            tracker.log(step, {"train/loss": rank / step, "train/learning_rate": 1e-4, "train/tokens_per_second": 9.0})
     for run_id in ids:
         assert server.wait_for_rows(run_id, 9, seconds=20), "history must arrive while the run goes on"
     assert not server.exits
@@ -224,18 +218,12 @@ def test_a_pack_streams_while_it_runs_and_leaves_no_secret(server: LoopbackWandb
         assert server.summary[run_id]["test/accuracy"] == rank / 100
         assert server.summary[run_id]["status"] == "completed"
         assert server.summary[run_id]["validation/accuracy"]["max"] == 0.5
-        assert [line["train/loss"] for line in lines(folder) if "train/loss" in line] == [
-            r["train/loss"] for r in rows
-        ]
+        assert [line["train/loss"] for line in lines(folder) if "train/loss" in line] == [r["train/loss"] for r in rows]
         first = next(u for u in server.upserts if u.get("name") == run_id)
         assert first["displayName"] == f"r{rank}-a64-b4" and first["groupName"] == "study"
         assert first["jobType"] == "train" and "tiny" in first["tags"]
         assert json.loads(first["config"])["lora"]["value"]["rank"] == rank
-    tables = [
-        body
-        for path, body in server.uploads.items()
-        if "predictions" in path and path.endswith(".table.json")
-    ]
+    tables = [body for path, body in server.uploads.items() if "predictions" in path and path.endswith(".table.json")]
     assert tables and all(len(json.loads(t)["data"]) == 5 for t in tables)
     assert any(body == b"weights" for body in server.uploads.values())
     assert planted_in(tmp_path) == []
@@ -308,9 +296,7 @@ def test_an_outage_costs_one_warning_and_a_bounded_wait(
     assert time.monotonic() - began < 40
     for name in ("a", "b"):
         assert [line["step"] for line in lines(tmp_path / name)] == list(range(1, 31))
-        assert list((tmp_path / name / "wandb").glob("*run-*/*.wandb")), (
-            "W&B's own log is kept for wandb sync"
-        )
+        assert list((tmp_path / name / "wandb").glob("*run-*/*.wandb")), "W&B's own log is kept for wandb sync"
     warned = [r for r in caplog.records if r.name == "mathverify.tracking" and r.levelno >= logging.WARNING]
     assert len(warned) == 1 and "wandb sync" in warned[0].getMessage()
     assert "wandb:" not in capfd.readouterr().err
@@ -322,9 +308,7 @@ def test_an_offline_run_is_sent_later_and_lands_in_its_group(
     server: LoopbackWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
-    with open_tracker(
-        RunConfig(tracking=TrackingConfig(group="study")), tmp_path, finish_seconds=20
-    ) as tracker:
+    with open_tracker(RunConfig(tracking=TrackingConfig(group="study")), tmp_path, finish_seconds=20) as tracker:
         for step in range(1, 6):
             tracker.log(step, {"train/loss": 1 / step})
         tracker.summarize({"test/accuracy": 0.75})
@@ -332,7 +316,7 @@ def test_an_offline_run_is_sent_later_and_lands_in_its_group(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     runs = [str(p) for p in (tmp_path / "wandb").glob("*run-*") if p.is_dir() and not p.is_symlink()]
     command = [str(Path(sys.executable).with_name("wandb")), "sync", *runs]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=tmp_path)
     rows = [row for row in server.rows(wandb_id(tmp_path)) if "train/loss" in row]
     assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 6)]
     assert {u.get("groupName") for u in server.upserts if u.get("groupName")} == {"study"}

@@ -1,0 +1,162 @@
+"""Where Hydra ends: command line -> composed config -> RunConfig, and errors as one line. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mathverify.config import RunConfig
+from mathverify.errors import UserError
+
+BAD_INPUT = 2
+"""Exit code for bad input of any kind."""
+
+
+def config_dir() -> str:
+    """The folder of conf/: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")
+
+
+def register_schema() -> None:
+    """Tell Hydra the types of every key, so that a typo or a wrong type is an error at composition."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def compose(overrides: Sequence[str] = ()) -> RunConfig:
+    """The RunConfig that these command-line overrides describe.
+
+    Raises:
+        UserError: an override does not parse, names an unknown key or choice, or gives an impossible value.
+    """
+    register_schema()
+    try:
+        with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+            return to_run_config(hydra.compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """Hydra's DictConfig -> RunConfig; the only place where the conversion happens.
+
+    Raises:
+        UserError: a value is missing or impossible.
+    """
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(one_line(error)) from error
+
+
+class Preflight(Callback):
+    """Checks a run's config before Hydra makes its folder, so that bad input leaves nothing behind."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Raises SystemExit, which, unlike an Exception, Hydra does not turn into a warning."""
+        try:
+            refuse_contradictions(config.hydra.overrides.task)
+            to_run_config(config)
+        except UserError as error:
+            sys.exit(report(error))
+
+
+def refuse_contradictions(overrides: Sequence[str]) -> None:
+    """Raise UserError when the command line itself sets two things of which only one can hold."""
+    keys = {override.lstrip("+~").partition("=")[0] for override in overrides if not override.endswith("=null")}
+    if {"train.max_steps", "train.max_examples"} <= keys:
+        raise UserError(
+            "train.max_steps and train.max_examples are both given: the length of a run is one or the other, drop one"
+        )
+
+
+def run_folder() -> Path:
+    """The folder Hydra made for this job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def main(task: Callable[[DictConfig], Any]) -> None:
+    """Run a Hydra task from the command line; exit 2 with one line on bad input, 130 on Ctrl-C.
+
+    With HYDRA_FULL_ERROR=1 in the environment every error is shown with its traceback instead.
+    """
+    register_schema()
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    # Hydra prints and exits by itself on errors unless this is set; here the errors are wanted as exceptions.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def report(error: Exception) -> int:
+    """Print the error's one line on stderr and return the exit code for it."""
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error and of what caused it as a single line, with the allowed names where a name is unknown."""
+    if isinstance(error, UserError):
+        return _fold(str(error))
+    key = getattr(error, "full_key", None) or _key_in(str(error))
+    seen: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = _fold(_without_noise(str(cause)))
+        if text and not any(text in earlier for earlier in seen):
+            seen.append(text)
+        cause = cause.__cause__
+    line = ": ".join(seen)
+    allowed = _names_beside(key) if "not in" in line else None
+    return line + (f"; {key} is not a setting, use one of: {', '.join(allowed)}" if allowed else "")
+
+
+def _fold(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _without_noise(text: str) -> str:
+    """Drop the lines that OmegaConf and Hydra add for programmers."""
+    keep = [
+        line
+        for line in text.splitlines()
+        if not re.match(r"\s*(object_type|reference_type|full_key)\b|To append to your config use|Set the env", line)
+    ]
+    return "\n".join(keep)
+
+
+def _key_in(text: str) -> str:
+    found = re.search(r"Could not override '([^']+)'|full_key: (\S+)", text)
+    return (found.group(1) or found.group(2)) if found else ""
+
+
+def _names_beside(key: str) -> list[str] | None:
+    """The settings that exist where `key` would stand; None when the place itself does not exist."""
+    owner: Any = RunConfig()
+    for part in key.split(".")[:-1]:
+        owner = getattr(owner, part, None)
+    return [f.name for f in fields(owner)] if is_dataclass(owner) else None
