@@ -48,6 +48,7 @@ DEFINITIONS = (
     ("validation/ece", "min"),
 )
 START_SECONDS = 10.0  # for W&B to answer at all, before the run is kept offline
+RETRY_SECONDS = 120.0  # after a start that failed, before another run of this process tries online again
 FINISH_SECONDS = 60.0  # for the rest to be uploaded at the end, before it is left to `wandb sync`
 
 log = logging.getLogger(__name__)
@@ -236,8 +237,8 @@ class _Mirror:
         quiet = wandb.Settings(silent=True)
         wandb.setup(settings=quiet)
         wandb.termsetup(quiet, _Warnings(self._run_dir))
-        with _starting:  # one at a time: after the first outage the others of a pack need not try
-            run = self._start_online() if self._online and not _Warnings.outage() else None
+        with _starting:  # one at a time: after the first failure the others of a pack need not try
+            run = self._start_online() if self._online and not _Outage.is_recent() else None
             run = run or self._init("offline")
         if not self._online:
             _Warnings.say_offline(self._run_dir)
@@ -248,7 +249,9 @@ class _Mirror:
         run = None
         with _outages_become_one_warning(self._run_dir):
             run = self._init("online")
-        if run is None:  # W&B's service holds on to an id whose start failed (finishing it there hangs): take another
+        if run is None:
+            _Outage.began = time.monotonic()
+            # W&B's service holds on to an id whose start failed (finishing it there hangs): take another
             for folder in self._run_dir.glob(f"wandb/run-*-{self._id}"):
                 shutil.rmtree(folder, ignore_errors=True)  # it holds no numbers
             self._id = _run_id(self._run_dir, renew=True)
@@ -281,6 +284,16 @@ class _Mirror:
 _starting = threading.Lock()
 
 
+class _Outage:
+    """When a run of this process last failed to start online. Guarded by `_starting`."""
+
+    began = -math.inf
+
+    @classmethod
+    def is_recent(cls) -> bool:
+        return time.monotonic() - cls.began < RETRY_SECONDS
+
+
 class _Warnings:
     """Turns W&B's complaints, from any thread of this process, into one warning a process.
 
@@ -302,10 +315,6 @@ class _Warnings:
             self.once(self._run_dir, msg)
 
     error = warning
-
-    @classmethod
-    def outage(cls) -> bool:
-        return cls._warned
 
     @classmethod
     def once(cls, run_dir: Path, cause: object) -> None:

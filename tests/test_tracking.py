@@ -54,6 +54,7 @@ def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tracking._Warnings, "_warned", False)
+    monkeypatch.setattr(tracking._Outage, "began", -math.inf)
     monkeypatch.setattr(tracking._Warnings, "_said_offline", False)
     yield
     if "wandb" in sys.modules:
@@ -301,6 +302,22 @@ def test_an_outage_costs_one_warning_and_a_bounded_wait(
     assert len(warned) == 1 and "wandb sync" in warned[0].getMessage()
     assert "wandb:" not in capfd.readouterr().err
     assert planted_in(tmp_path) == []
+
+
+def test_after_an_outage_a_later_run_goes_online_again(
+    server: LoopbackWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pack need not try one by one; a run of the same process some time later does."""
+    server.behaviour = "401"
+    for name, wait in (("first", 0.0), ("soon", 0.0), ("later", 1000.0)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(tracking._Outage, "began", tracking._Outage.began - wait)
+        asked = len(server.bodies)
+        with open_tracker(RunConfig(), tmp_path / name, start_seconds=4, finish_seconds=20) as tracker:
+            tracker.log(1, {"train/loss": 0.5})
+        assert (len(server.bodies) > asked) == (name != "soon")
+        server.behaviour = "ok"
+    assert [row["train/loss"] for row in server.rows(wandb_id(tmp_path / "later")) if "train/loss" in row] == [0.5]
 
 
 @pytest.mark.slow
