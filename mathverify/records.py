@@ -149,7 +149,8 @@ class RunRecord:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready, enums by value."""
-        return to_plain(self)
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 def write_record(run_dir: Path, record: RunRecord) -> Path:
@@ -205,7 +206,7 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
                 file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
