@@ -28,7 +28,8 @@ import numpy as np
 
 from mathverify.config import RunConfig, TrackingKind, TrackingMode, to_plain
 from mathverify.errors import UserError
-from mathverify.records import Predictions, Status, read_json, redact, write_atomic, write_json
+from mathverify.files import write_atomic
+from mathverify.records import Predictions, Status, read_json, redact, write_json
 
 METRICS = "metrics.jsonl"
 IDENTITY = "tracking.json"

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import stat
 import subprocess
 import sys
 import textwrap
@@ -43,7 +42,6 @@ from mathverify.records import (
     read_predictions,
     read_record,
     redact,
-    write_atomic,
     write_json,
     write_predictions,
     write_record,
@@ -140,28 +138,6 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": math.nan})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_atomic(path, b"old")
-
-    def breaks(file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"No space left on device.*free space"):
-        write_atomic(path, breaks)
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_files_have_the_users_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "x", b"1")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
 def test_a_kill_never_tears_a_file(tmp_path: Path) -> None:

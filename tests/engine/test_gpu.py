@@ -46,7 +46,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def gradient(model: PackedModel, rows: Rows, config: RunConfig, budget: int = 10**6) -> torch.Tensor:
     trial = Trial.start(config, rows, VERDICTS, model)  # type: ignore[arg-type]
-    trial.adapter.flat.data.copy_(torch.randn(trial.adapter.flat.shape, generator=torch.Generator().manual_seed(1)) / 20)
+    trial.adapter.flat.data.copy_(
+        torch.randn(trial.adapter.flat.shape, generator=torch.Generator().manual_seed(1)) / 20
+    )
     pack = Pack(model, TokenBudget(budget))
     pack._passes([trial], trial.segments(0))
     return trial.adapter.grad.clone() / trial.loss_scale
@@ -62,9 +64,7 @@ def test_float32_gradients_equal_the_cpus(rows: Rows, config: Config, loss: Loss
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", [10**6, 60])
-def test_half_precision_gradients_follow_float32(
-    rows: Rows, config: Config, dtype: torch.dtype, budget: int
-) -> None:
+def test_half_precision_gradients_follow_float32(rows: Rows, config: Config, dtype: torch.dtype, budget: int) -> None:
     """Through torch's variable-length attention, which float32 does not use."""
     reference = gradient(on_gpu(torch.float32), rows, config())
     assert cosine(gradient(on_gpu(dtype), rows, config(), budget), reference) > 0.999
