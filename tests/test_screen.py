@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mathverify import screen
 from mathverify.config import RunConfig, TrainConfig
 from mathverify.engine.trial import StepReport
 from mathverify.records import Costs, RunMetrics, RunRecord, Status
@@ -55,7 +54,7 @@ def test_control_characters_are_written_out(text: str, safe: str) -> None:
 
 def test_without_a_terminal_lines_are_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr(screen.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("mathverify.screen.time.monotonic", lambda: float(next(clock)))
     out = console(terminal=False)
     with RunScreen(CONFIG, Path("folder"), out) as own:
         for step in range(1, 36):
