@@ -99,10 +99,10 @@ class RunScreen(Screen):
     # Last words
 
     def result(self, run: Run) -> float | None:
-        """Print the final table; exit 1 when the run failed. Returns validation accuracy, for sweepers."""
+        """Print the final table. Returns validation accuracy, None when the run failed."""
         if run.record.status is Status.failed:
             self._say(f"failed: {run.record.reason}; what there is lies in {self.folder}")
-            sys.exit(1)
+            return None
         self.console.print(final_table(run.record, self.folder, time.perf_counter() - self._started))
         return _validation_accuracy(run.record)
 
