@@ -33,8 +33,11 @@ def config_dir() -> str:
 
 
 def register_schema() -> None:
-    """Tell Hydra the types of every key, so that a typo or a wrong type is an error at composition."""
+    """Tell Hydra the types of every key, so that a typo is an error at composition, and of our sweeper."""
+    from mathverify.sweep import plugin
+
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    plugin.register()
 
 
 def compose(overrides: Sequence[str] = ()) -> RunConfig:

@@ -1,0 +1,184 @@
+"""One try at a trial, in the process that runs it: claim it, beat, ask the pruner, say how it ended.
+
+The process may be the sweeper's own or a job of any launcher; all it needs is the config that Hydra composed for it.
+It writes its outcome into the study and leaves the telling to a sweeper, so that a job that outlives its sweeper loses
+nothing and a trial is told once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import TaskFunction
+from omegaconf import DictConfig
+from optuna.trial import FrozenTrial, TrialState
+
+from mathverify.judge import judged_by
+from mathverify.files import write_atomic
+from mathverify.records import redact
+from mathverify.sweep import outcome as outcomes
+from mathverify.sweep.lease import leased_device
+from mathverify.sweep.liveness import Heart, Worker
+from mathverify.sweep.outcome import Outcome
+from mathverify.sweep.settings import read_settings
+from mathverify.sweep.storage import STORAGE_VARIABLE
+from mathverify.sweep.study import Session, open_existing
+
+TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
+"""'NUMBER:TOKEN' in hydra.job.env_set of a trial's job: part of Hydra's own config, so of no run's fingerprint."""
+INTERRUPTED = 130
+ERROR_FILE = "error.txt"
+
+_open: dict[str, Session] = {}
+
+
+class TrialFailed(Exception):
+    """A trial ended as failed; the study has the reason. Carries no frames, so that their tensors are freed."""
+
+
+class Superseded(Exception):
+    """This job was given up for dead and its trial handed to another."""
+
+
+def remember(session: Session) -> None:
+    """Let jobs that run in this process use the study that is open already."""
+    _open[str(session.folder)] = session
+
+
+@dataclass
+class Attempt:
+    """A try at one trial. token: what the study calls this try; another token there means it was taken over."""
+
+    session: Session
+    number: int
+    token: str
+    trial_id: int
+    pruned: str | None = None
+
+    @classmethod
+    def of(cls, hydra: DictConfig) -> Attempt | None:
+        """The try that a job's config (its `hydra` part) belongs to; None for a job that is no trial."""
+        mark = hydra.job.env_set.get(TRIAL_VARIABLE)
+        if mark is None:
+            return None
+        number, _, token = mark.partition(":")
+        folder = Path(hydra.sweep.dir)
+        session = _open.get(str(folder)) or _reopen(hydra, folder)
+        return cls(session, int(number), token, session.trial(int(number))._trial_id)
+
+    def claim(self) -> None:
+        """Say that this process now works on the trial.
+
+        Raises:
+            Superseded: another one does, or the trial has ended.
+        """
+        with self.session.locked():
+            trial = self._now()
+            if trial.state is not TrialState.RUNNING or trial.user_attrs["attempt"]["token"] != self.token:
+                raise Superseded(f"trial {self.number} was handed to another worker")
+            me = Worker.this()
+            if trial.user_attrs.get("owner") != me.to_plain() or not trial.user_attrs.get("claimed"):
+                self.session.mark(trial, owner=me.to_plain(), claimed=self.token)
+
+    def beat(self) -> None:
+        """A sign of life for those who cannot ask this machine's kernel."""
+        self.session.storage.set_trial_user_attr(self.trial_id, "beat", time.time())
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Report a validation to the study; the reason to stop if the pruner says so."""
+        settings, study = self.session.settings, self.session.study
+        value = metrics.get(settings.report)
+        if value is None or math.isnan(value) or len(self.session.directions) > 1:
+            return None
+        if step not in self._now().intermediate_values:  # a resumed trial passes the same steps again
+            self.session.storage.set_trial_intermediate_value(self.trial_id, step, value)
+        self.session.trials()  # also drops the cache, so that the pruner sees what other workers reported
+        if settings.pruner is not None and study.pruner.prune(study, self._now()):
+            name = type(study.pruner).__name__.removesuffix("Pruner").lower()
+            self.pruned = f"pruned at step {step} by the {name} rule"
+        return self.pruned
+
+    def ended(self, outcome: Outcome) -> None:
+        """Leave the outcome in the study, for a sweeper to tell."""
+        self.session.storage.set_trial_user_attr(self.trial_id, "outcome", outcome.to_plain())
+
+    def released(self) -> None:
+        """Interrupted by a signal: whoever comes next continues it, and it is no try that counts."""
+        release(self.session, self._now(), self.token)
+
+    def _now(self) -> FrozenTrial:
+        return self.session.storage.get_trial(self.trial_id)
+
+
+def release(session: Session, trial: FrozenTrial, token: str) -> None:
+    """Give a trial back unharmed, if this try still has it."""
+    attempt = trial.user_attrs.get("attempt", {})
+    if trial.state is TrialState.RUNNING and attempt.get("token") == token and "outcome" not in trial.user_attrs:
+        session.mark(trial, owner=None, attempt={"token": None, "count": attempt["count"] - 1})
+
+
+def _reopen(hydra: DictConfig, folder: Path) -> Session:
+    keys = {key: value for key, value in hydra.sweeper.items() if not key.startswith("_")}
+    if os.environ.get(STORAGE_VARIABLE):
+        keys["storage"] = os.environ[STORAGE_VARIABLE]
+    session = open_existing(read_settings(keys), folder)
+    remember(session)
+    return session
+
+
+@dataclass
+class TrialTask:
+    """The user's task as a study's launchers run it. home: the sweeper's process, where an interrupt ends the sweep."""
+
+    task: TaskFunction
+    home: Worker
+
+    def __call__(self, config: DictConfig) -> Any:
+        hydra = HydraConfig.get()
+        attempt = Attempt.of(hydra)
+        if attempt is None:
+            return self.task(config)
+        attempt.claim()
+        folder = Path(hydra.runtime.output_dir)
+        try:
+            outcome, returned = self._run(attempt, config, folder)
+        except (KeyboardInterrupt, SystemExit):
+            attempt.released()
+            if Worker.this() == self.home:
+                raise
+            return None
+        attempt.ended(outcome)
+        if outcome.end is outcomes.End.failed:
+            raise TrialFailed(outcome.reason)
+        return returned
+
+    def _run(self, attempt: Attempt, config: DictConfig, folder: Path) -> tuple[Outcome, Any]:
+        """Run the task to an outcome; only interrupts come through."""
+        session = attempt.session
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(Heart(attempt.beat))
+                if session.settings.lease_devices:
+                    leased_device(config)
+                stack.enter_context(judged_by(attempt.judge))
+                returned = self.task(config)
+            count = len(session.directions)
+            return outcomes.of_return(returned, folder, session.settings.objective, count, attempt.pruned), returned
+        except SystemExit as error:
+            if error.code == INTERRUPTED:
+                raise
+            return outcomes.of_exception(error, folder), None
+        except Exception as error:
+            text = str(redact("".join(traceback.format_exception(error))))
+            write_atomic(folder / ERROR_FILE, text.encode())
+            return outcomes.of_exception(error, folder), None

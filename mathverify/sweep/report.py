@@ -1,0 +1,264 @@
+"""What a person sees of a sweep: the plan, a line a trial, the table, and optimization_results.yaml. Decides nothing."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from mathverify.files import write_atomic
+from mathverify.records import redact
+from mathverify.sweep.composer import Composer
+from mathverify.sweep.proposals import is_failure, is_infeasible
+from mathverify.sweep.storage import shown
+from mathverify.sweep.study import Session, counts
+
+RESULTS = "optimization_results.yaml"
+
+
+def say(text: str) -> None:
+    """One line or several to stdout, at once, without secrets."""
+    print(redact(text), flush=True)
+
+
+def plan(session: Session, composer: Composer, validated: int) -> str:
+    """What the sweep is going to do: space, points, budget, engine, cost."""
+    settings, trials = session.settings, [t for t in session.trials() if counts(t)]
+    done = sum(trial.state.is_finished() for trial in trials)
+    size = session.space.size
+    sampler = settings.sampler["_target_"].rpartition(".")[2]
+    seed = "no seed" if settings.seed is None else f"seed {settings.seed}"
+    pruner = "no pruner" if settings.pruner is None else settings.pruner["_target_"].rpartition(".")[2]
+    objective = ", ".join(
+        f"{direction} {name}"
+        for direction, name in zip(
+            session.directions, settings.objective or ["the task's value"] * len(session.directions), strict=True
+        )
+    )
+    lines = [
+        f"study     {session.name} in {session.folder} ({shown(settings.storage)})",
+        f"space     {'; '.join(f'{k} in {d.describe()}' for k, d in session.space.dimensions.items()) or 'one point'}",
+        f"points    {'a continuous space' if size is None else size}; {validated} configs composed and valid",
+        f"fixed     {' '.join(session.space.fixed) or '-'}",
+        f"objective {objective}",
+        f"engine    {sampler} ({seed}), {pruner}, {settings.n_jobs} at once, repeated points: {settings.duplicates.value}",
+        f"budget    {settings.n_trials} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
+        f"cost      {_cost(session, settings.n_trials - done)}",
+    ]
+    return "\n".join(lines)
+
+
+def _cost(session: Session, left: int) -> str:
+    seconds = [s for t in session.trials() if (s := _seconds(t)) is not None]
+    if not seconds:
+        return "known after the first trial"
+    each = statistics.median(seconds)
+    return f"{_duration(each)} a trial so far; {_duration(each * left / session.settings.n_jobs)} for the {left} left"
+
+
+def trial_line(session: Session, trial: FrozenTrial) -> str:
+    """'#3 completed r=16 ... 300 steps 0.731; best 0.745 (#1); 4 m left'."""
+    trials = [t for t in session.trials() if counts(t)]
+    parts = [f"#{trial.number}", state_of(trial), params_text(trial)]
+    if (steps := steps_of(trial)) is not None:
+        parts.append(f"{steps} steps")
+    parts.append(values_text(trial))
+    if trial.user_attrs.get("reason"):
+        parts.append(f"({trial.user_attrs['reason']})")
+    best = best_trials(session, trials)
+    if len(session.directions) > 1:
+        parts.append(f"| front: {len(best)}")
+    elif best:
+        parts.append(f"| best {values_text(best[0])} (#{best[0].number})")
+    done = sum(t.state.is_finished() for t in trials)
+    total = session.settings.n_trials
+    size = session.space.size
+    total = min(total, size) if size is not None else total
+    parts.append(f"| {done}/{total} done" + _left(session, trials, max(total - done, 0)))
+    return "  ".join(parts)
+
+
+def _left(session: Session, trials: Sequence[FrozenTrial], left: int) -> str:
+    seconds = [s for t in trials if (s := _seconds(t)) is not None]
+    if not seconds or left == 0:
+        return ""
+    return f", about {_duration(statistics.median(seconds) * left / session.settings.n_jobs)} left"
+
+
+def table(session: Session) -> str:
+    """Every trial that took a place of the budget, as aligned columns."""
+    trials = [trial for trial in session.trials() if counts(trial)]
+    header = ["trial", "state", "parameters", "steps", "examples", "value", "seconds", "reason"]
+    rows = [header]
+    for trial in trials:
+        facts, seconds = trial.user_attrs.get("facts", {}), _seconds(trial)
+        row = [
+            str(trial.number),
+            state_of(trial),
+            params_text(trial),
+            str(steps_of(trial) or "-"),
+            str(facts.get("examples", "-")),
+            values_text(trial),
+            "-" if seconds is None else f"{seconds:.1f}",
+            trial.user_attrs.get("reason") or "",
+        ]
+        rows.append(row)
+    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def examples_note(session: Session) -> str | None:
+    """A warning when trials saw different numbers of examples: more of them is an effect of its own."""
+    finished = [t for t in session.trials() if t.state is TrialState.COMPLETE]
+    seen = {t.user_attrs.get("facts", {}).get("examples") for t in finished} - {None}
+    searched = [k for k in session.space.dimensions if "batch" in k or "accumulation" in k or "steps" in k or k == "train"]
+    if len(seen) < 2 or not searched:
+        return None
+    return (
+        f"note: trials saw between {min(seen):,} and {max(seen):,} examples ({', '.join(searched)} differ), so part of a "
+        "difference may be more data; train.max_examples=N gives every trial the same number"
+    )
+
+
+def best_trials(session: Session, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The best completed trial (the first of equals), or the Pareto front; a repeated point counts once."""
+    done = [t for t in trials if t.state is TrialState.COMPLETE and "duplicate_of" not in t.user_attrs]
+    signs = [-1.0 if d is StudyDirection.MAXIMIZE else 1.0 for d in session.study.directions]
+    costs = {t.number: [s * v for s, v in zip(signs, t.values, strict=True)] for t in done}
+    if len(signs) == 1:
+        return [min(done, key=lambda t: (costs[t.number], t.number))] if done else []
+
+    def dominated(one: FrozenTrial) -> bool:
+        own = costs[one.number]
+        return any(o != own and all(a <= b for a, b in zip(o, own, strict=True)) for o in costs.values())
+
+    return [t for t in done if not dominated(t)]
+
+
+def write_results(session: Session) -> dict[str, Any]:
+    """optimization_results.yaml, with hydra-optuna-sweeper's keys, in the study's folder; returns what it holds."""
+    best = best_trials(session, session.trials())
+    results: dict[str, Any] = {"name": "optuna"}
+    if len(session.directions) > 1:
+        results["solutions"] = [{"params": dict(t.params), "values": list(t.values)} for t in best]
+    elif best:
+        results |= {"best_params": dict(best[0].params), "best_value": best[0].value}
+    write_atomic(session.folder / RESULTS, yaml.safe_dump(results, sort_keys=False, allow_unicode=True).encode())
+    return results
+
+
+def summary(session: Session) -> str:
+    """'12 trials: 9 completed, 2 pruned, 1 failed'."""
+    trials = [t for t in session.trials() if counts(t)]
+    tally = {name: 0 for name in ("completed", "pruned", "failed", "out of memory", "running")}
+    for trial in trials:
+        tally[state_of(trial)] = tally.get(state_of(trial), 0) + 1
+    always = ("completed", "pruned", "failed")
+    return f"{len(trials)} trials: " + ", ".join(f"{n} {name}" for name, n in tally.items() if n or name in always)
+
+
+def closing(session: Session, program: str) -> str:
+    """The end of a sweep: table, best, and the command that runs the best again."""
+    lines = [table(session)]
+    if note := examples_note(session):
+        lines.append(note)
+    best = best_trials(session, session.trials())
+    several = len(session.directions) > 1
+    if several and best:
+        lines.append("Pareto front: " + "; ".join(f"#{t.number} {values_text(t)} ({params_text(t)})" for t in best))
+    for trial in best:
+        if not several:
+            lines.append(f"best: #{trial.number}, {values_text(trial)}, {params_text(trial)}")
+        lines.append(f"run {'#' + str(trial.number) if several else 'it'} again: {rerun_command(trial, program)}")
+    return "\n".join(lines)
+
+
+def rerun_command(trial: FrozenTrial, program: str) -> str:
+    """The command line that runs exactly this trial's config, on its own."""
+    return shlex.join([*shlex.split(program), *trial.user_attrs["job"]["overrides"]])
+
+
+def program() -> str:
+    """How this process was started, up to the overrides: 'python -m mathverify.train --config-name x'."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    start = ["python", "-m", spec.name] if spec is not None and spec.name else ["python", sys.argv[0]]
+    flags: list[str] = []
+    rest = sys.argv[1:]
+    for place, word in enumerate(rest):
+        if word.startswith("--config-") or word in ("-cp", "-cn", "-cd"):
+            flags.append(word)
+            if "=" not in word and place + 1 < len(rest):
+                flags.append(rest[place + 1])
+    return shlex.join(start + flags)
+
+
+def continuing_command() -> str:
+    """The command line that was given, which also continues the study; without passwords."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    start = ["python", "-m", spec.name] if spec is not None and spec.name else ["python", sys.argv[0]]
+    return str(redact(shlex.join([*start, *sys.argv[1:]])))
+
+
+# Parts of lines
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """A trial's state as the table names it."""
+    if is_infeasible(trial):
+        return "out of memory"
+    match trial.state:
+        case TrialState.COMPLETE:
+            return "repeated" if "duplicate_of" in trial.user_attrs else "completed"
+        case TrialState.PRUNED:
+            return "pruned"
+        case TrialState.FAIL:
+            return "failed" if is_failure(trial) else "repeated"
+        case _:
+            return "running"
+
+
+def params_text(trial: FrozenTrial) -> str:
+    """'rank=16 alpha=32': the last part of each key is enough where it is unique."""
+    short = [key.rpartition(".")[2] for key in trial.params]
+    names = {key: s if short.count(s) == 1 else key for key, s in zip(trial.params, short, strict=True)}
+    return " ".join(f"{names[key]}={_number(value)}" for key, value in trial.params.items()) or "-"
+
+
+def values_text(trial: FrozenTrial) -> str:
+    """The objectives; for a pruned trial its last validation."""
+    if trial.state is TrialState.COMPLETE:
+        return ", ".join(_number(value) for value in trial.values)
+    if trial.last_step is not None:
+        return _number(trial.intermediate_values[trial.last_step])
+    return "-"
+
+
+def steps_of(trial: FrozenTrial) -> int | None:
+    """Optimizer steps: of the run's record, else of its last validation."""
+    steps = trial.user_attrs.get("facts", {}).get("steps", trial.last_step)
+    return None if steps is None else int(steps)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    """What a trial took; a run's own account where there is one, since a resumed trial's clock ran while nothing did."""
+    if "seconds" in (facts := trial.user_attrs.get("facts", {})):
+        return float(facts["seconds"])
+    if trial.duration is None or "duplicate_of" in trial.user_attrs:
+        return None
+    return trial.duration.total_seconds()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
