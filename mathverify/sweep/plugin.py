@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -166,11 +169,28 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         return sweep(self.keys, self.hydra_context, self.task_function, self.config, arguments)
 
 
-OptunaSweeper.__module__ = TARGET.rpartition(".")[0]
+def _place_under_hydra_plugins() -> None:
+    """Make TARGET importable as a name of OptunaSweeper; modules that exist are kept."""
+    OptunaSweeper.__module__ = TARGET.rpartition(".")[0]
+    above: ModuleType | None = None
+    path = ""
+    for part in TARGET.split(".")[:-1]:
+        path = f"{path}.{part}" if path else part
+        try:
+            module = import_module(path)
+        except ModuleNotFoundError:
+            module = sys.modules[path] = ModuleType(path)
+            module.__path__ = []
+        if above is not None:
+            setattr(above, part, module)
+        above = module
+    assert above is not None
+    above.OptunaSweeper = OptunaSweeper  # type: ignore[attr-defined]
 
 
 def register() -> None:
     """Make `hydra/sweeper=optuna` known to Hydra; harmless when repeated."""
+    _place_under_hydra_plugins()
     Plugins.instance().register(OptunaSweeper)
     store = ConfigStore.instance()
     store.store(group="hydra/sweeper", name="optuna", node=SweeperConf, provider="mathverify")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mathverify.errors import UserError
 from mathverify.records import redact
@@ -23,7 +23,7 @@ STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
 
 
-class FlockJournalLock(BaseJournalFileLock):  # type: ignore[misc]
+class FlockJournalLock(JournalFileOpenLock):  # type: ignore[misc]
     """Exclusive access to the journal. The kernel gives the lock back when its process dies, however it dies."""
 
     def __init__(self, path: Path) -> None:
