@@ -36,7 +36,7 @@ class SweeperConf:
     search_space: Any = None
     params: Any = None
     custom_search_space: str | None = None
-    pruner: Any = None
+    pruner: Any = MISSING
     objective: Any = None
     report: str = "validation/accuracy"
     duplicates: str = "ask_again"
