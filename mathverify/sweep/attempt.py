@@ -22,8 +22,8 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
-from mathverify.judge import judged_by
 from mathverify.files import write_atomic
+from mathverify.judge import judged_by
 from mathverify.records import redact
 from mathverify.sweep import outcome as outcomes
 from mathverify.sweep.lease import leased_device

@@ -91,7 +91,9 @@ def failed(reason: str, facts: dict[str, float] | None = None, out_of_memory: bo
 
 def is_out_of_memory(reason: str) -> bool:
     """Whether a reason is torch's, CUDA's or the engine's way to say that memory ran out."""
-    return re.search(r"out ?of ?memory|ALLOC_FAILED|can't allocate memory|MemoryError", reason, re.IGNORECASE) is not None
+    return (
+        re.search(r"out ?of ?memory|ALLOC_FAILED|can't allocate memory|MemoryError", reason, re.IGNORECASE) is not None
+    )
 
 
 def kind_of(reason: str) -> str:

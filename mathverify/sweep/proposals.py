@@ -150,7 +150,9 @@ class Proposer:
             return True
         count = marks.get("attempt", {"count": 0})["count"]
         if count >= self.session.settings.max_attempts:
-            self.tell(trial, outcomes.failed(f"its worker died {count} times without a word (killed, or out of memory?)"))
+            self.tell(
+                trial, outcomes.failed(f"its worker died {count} times without a word (killed, or out of memory?)")
+            )
             return False
         if "job" in marks:
             return self._job(trial, marks["job"], count + 1)

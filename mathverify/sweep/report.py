@@ -117,7 +117,9 @@ def examples_note(session: Session) -> str | None:
     """A warning when trials saw different numbers of examples: more of them is an effect of its own."""
     finished = [t for t in session.trials() if t.state is TrialState.COMPLETE]
     seen = {t.user_attrs.get("facts", {}).get("examples") for t in finished} - {None}
-    searched = [k for k in session.space.dimensions if "batch" in k or "accumulation" in k or "steps" in k or k == "train"]
+    searched = [
+        k for k in session.space.dimensions if "batch" in k or "accumulation" in k or "steps" in k or k == "train"
+    ]
     if len(seen) < 2 or not searched:
         return None
     return (
@@ -156,7 +158,7 @@ def write_results(session: Session) -> dict[str, Any]:
 def summary(session: Session) -> str:
     """'12 trials: 9 completed, 2 pruned, 1 failed'."""
     trials = [t for t in session.trials() if counts(t)]
-    tally = {name: 0 for name in ("completed", "pruned", "failed", "out of memory", "running")}
+    tally = dict.fromkeys(("completed", "pruned", "failed", "out of memory", "running"), 0)
     for trial in trials:
         tally[state_of(trial)] = tally.get(state_of(trial), 0) + 1
     always = ("completed", "pruned", "failed")

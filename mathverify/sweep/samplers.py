@@ -61,9 +61,7 @@ class SeededByTrial(BaseSampler):  # type: ignore[misc]
     ) -> Any:
         return self._for(trial).sample_independent(study, trial, param_name, param_distribution)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         if not isinstance(self.inner, GridSampler):  # which would call study.stop(), forbidden outside of optimize()
             self._for(trial).after_trial(study, trial, state, values)
 

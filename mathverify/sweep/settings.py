@@ -134,7 +134,10 @@ def _directions(value: Any) -> tuple[str, ...] | None:
         return None
     names = tuple(str(getattr(d, "name", d)).lower() for d in (value if isinstance(value, list) else [value]))
     _require(
-        bool(names) and set(names) <= {"minimize", "maximize"}, "direction", value, "minimize, maximize, or a list of them"
+        bool(names) and set(names) <= {"minimize", "maximize"},
+        "direction",
+        value,
+        "minimize, maximize, or a list of them",
     )
     return names
 
@@ -142,7 +145,11 @@ def _directions(value: Any) -> tuple[str, ...] | None:
 def _texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    return tuple(str(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else (str(value),)
+    return (
+        tuple(str(item) for item in value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else (str(value),)
+    )
 
 
 def _duplicates(value: Any) -> Duplicates:

@@ -103,7 +103,9 @@ class Space:
         return [known[k].override(v) if k in known else f"{k}={value_text(v)}" for k, v in point.items()]
 
 
-def parse_space(params: Mapping[str, str], arguments: Sequence[str], config_loader: Any = None, grid: bool = False) -> Space:
+def parse_space(
+    params: Mapping[str, str], arguments: Sequence[str], config_loader: Any = None, grid: bool = False
+) -> Space:
     """hydra.sweeper.params and the command line -> Space; of two settings of one key the later holds.
 
     Args:
