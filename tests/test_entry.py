@@ -137,3 +137,16 @@ def test_help_and_config_need_no_torch(flag: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rank: 64" in done.stdout
     assert list(work.iterdir()) == []
+
+
+def test_a_folder_that_holds_another_run_keeps_its_hydra_files(tmp_path: Path) -> None:
+    from mathverify.records import RunRecord, write_record
+
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("theirs")
+    write_record(folder, RunRecord.begin(compose(["lora=r4"])))
+    done = command("lora=r64", f"hydra.run.dir={folder}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "already holds another run" in done.stderr
+    assert (folder / ".hydra" / "config.yaml").read_text() == "theirs"
