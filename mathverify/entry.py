@@ -107,6 +107,9 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     With HYDRA_FULL_ERROR=1 in the environment every error is shown with its traceback instead.
     """
     register_schema()
+    # Idle OpenMP threads spin by default, and as soon as anything else wants a core every small product waits for the
+    # scheduler: 2 threads beside 2 busy processes on 2 cores took 22.8 ms for a product that takes 0.9 ms this way.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
