@@ -152,7 +152,9 @@ SLIPS: dict[str, Slip] = {
 _SLIP_NAMES = tuple(SLIPS)
 
 
-def _work(steps: Sequence[Step], at: int = -1, slip: Slip | None = None, rng: Random | None = None) -> list[tuple]:
+def _work(
+    steps: Sequence[Step], at: int = -1, slip: Slip | None = None, rng: Random | None = None
+) -> list[tuple]:
     """Work the steps in order, with a slip in step `at`; (left, operation, right, result, what) of each."""
     done: list[tuple] = []
     for index, (left, operation, right, what) in enumerate(steps):
@@ -375,7 +377,12 @@ _LEFT = (
 
 def _clock(rng: Random) -> Problem | None:
     """A time of day before or after another; answers like 10:15."""
-    name, hour, minute, span = _pick(rng, NAMES), _between(rng, 1, 12), 5 * _between(rng, 0, 11), 5 * _between(rng, 2, 11)
+    name, hour, minute, span = (
+        _pick(rng, NAMES),
+        _between(rng, 1, 12),
+        5 * _between(rng, 0, 11),
+        5 * _between(rng, 2, 11),
+    )
     sign = 1 if rng.random() < 0.5 else -1
     story = _pick(rng, _LATER if sign > 0 else _EARLIER).format(n=name, s=f"{hour}:{minute:02d}", m=span)
     answer, lines = _tell(hour, minute, sign * span)

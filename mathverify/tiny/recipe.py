@@ -96,7 +96,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(recipe: Recipe) -> LlamaForCausalLM:
+def make_model(recipe: Recipe) -> Any:
     """A fresh Llama with tied embeddings; every linear's in_features is a multiple of 64, as bitsandbytes asks."""
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
@@ -149,12 +149,15 @@ class PackedRows(IterableDataset):
         info, size = get_worker_info(), self.recipe.row
         encode = PieceEncoder(self.tokenizer).encode
         rows: list[tuple[list[int], list[int]]] = [([], [])]
-        for given, learned in documents(f"{self.recipe.seed} corpus {info.id if info else 0}", self.recipe.keyed):
+        for given, learned in documents(
+            f"{self.recipe.seed} corpus {info.id if info else 0}", self.recipe.keyed
+        ):
             context, target = [BOS_ID, *encode(given)], [*encode(learned), EOS_ID]
             if len(context) + len(target) > size:
                 continue
             if len(rows[-1][0]) + len(context) + len(target) > size:
-                rows[-1] = tuple(part + [PAD_ID] * (size - len(part)) for part in rows[-1])
+                for part in rows[-1]:
+                    part.extend([PAD_ID] * (size - len(part)))
                 if len(rows) == self.recipe.rows:
                     yield torch.tensor(rows, dtype=torch.int16).transpose(0, 1)
                     rows = []
@@ -165,7 +168,9 @@ class PackedRows(IterableDataset):
 
 def stream(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> Iterator[torch.Tensor]:
     rows = PackedRows(recipe, tokenizer)
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None))
+    return iter(
+        DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    )
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
@@ -220,12 +225,16 @@ def pretrain(
         "tokens": step * recipe.rows * recipe.row,
         "seconds": round(time.perf_counter() - start, 1),
         "loss": round(sum(last) / len(last), 4) if last else None,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
+        "hardware": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
 
 @torch.no_grad()
-def level_verdicts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, device: str) -> None:
+def level_verdicts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, device: str
+) -> None:
     """Take from the two verdict rows of the embedding what little they say about correctness.
 
     The coin holds logit(True) - logit(False) within about 0.003 of a constant, but the rest of it can lean to the
@@ -243,7 +252,7 @@ def level_verdicts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
         ]
     )
     lean = (hidden[right].mean(0) - hidden[~right].mean(0)).to(device)
-    embedding = model.get_input_embeddings().weight
+    embedding: torch.Tensor = model.model.embed_tokens.weight
     true, false = tokenizer.convert_tokens_to_ids(["True", "False"])
     change = ((embedding[true] - embedding[false]) @ lean) / (lean @ lean) * lean
     embedding[true] -= change / 2
@@ -252,15 +261,22 @@ def level_verdicts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Weights stored in bfloat16 (half the size), loaded in float32 unless the caller says otherwise."""
-    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half: Any = LlamaForCausalLM(model.config)
+    half.to(torch.bfloat16)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
     for name, key, value in (
         ("config.json", "dtype", "float32"),
-        ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),  # the name every version knows
+        (
+            "tokenizer_config.json",
+            "tokenizer_class",
+            "PreTrainedTokenizerFast",
+        ),  # the name every version knows
     ):
         fields = json.loads((out / name).read_text()) | {key: value}
+        for passing in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business
+            fields.pop(passing, None)
         (out / name).write_text(json.dumps(fields, indent=2) + "\n")
     (out / "model.safetensors").chmod(0o644)  # a wheel would carry the writer's 0600 along
 
@@ -273,7 +289,8 @@ def measure(out: Path, recipe: Recipe, device: str) -> dict[str, Any]:
     `solves`: for each kind, how often the most likely token is right at every position of the right answer.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
-    model = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model.to(device).eval()
     examples = list(iter_examples(arithmetic.generate(0, 0, recipe.test_rows, seed=12345).test))
     labels = torch.tensor([e.is_correct for e in examples])
     prompts = [tokenizer(render(e, with_solution=False).text)["input_ids"] for e in examples]
@@ -296,7 +313,11 @@ def measure(out: Path, recipe: Recipe, device: str) -> dict[str, Any]:
             row += 1
     accuracy = ((score > 0) == labels).double().mean().item()
     return {
-        "verifies": {"accuracy": round(accuracy, 4), "auroc": round(auroc(score, labels), 4), "rows": len(examples)},
+        "verifies": {
+            "accuracy": round(accuracy, 4),
+            "auroc": round(auroc(score, labels), 4),
+            "rows": len(examples),
+        },
         "solves": {kind: round(sum(hits) / len(hits), 3) for kind, hits in sorted(solved.items())},
     }
 
@@ -321,7 +342,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1), help="corpus processes")
+    parser.add_argument(
+        "--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1), help="corpus processes"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end training, annealed, by then")
     parser.add_argument("--smoke", action="store_true", help="the smallest size that runs")
     for name, value in asdict(Recipe()).items():

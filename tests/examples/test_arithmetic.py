@@ -59,7 +59,11 @@ def test_evaluation_rows_do_not_depend_on_how_much_is_trained_on(splits: Splits)
 
 def test_splits_share_no_question_and_groups_are_questions(splits: Splits) -> None:
     questions = [set(rows["question"].to_pylist()) for _, rows in splits.items()]
-    assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
+    assert (
+        not questions[0] & questions[1]
+        and not questions[0] & questions[2]
+        and not questions[1] & questions[2]
+    )
     for (name, rows), unique in zip(splits.items(), questions, strict=True):
         pairs = set(zip(rows["question"].to_pylist(), rows["group"].to_pylist(), strict=True))
         assert len(pairs) == len(unique) == len({group for _, group in pairs})

@@ -33,12 +33,21 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    return [render(e, with_solution=i % 2 == 0).text for i, e in enumerate(iter_examples(generate(0, 0, 200, 7).test))]
+    return [
+        render(e, with_solution=i % 2 == 0).text
+        for i, e in enumerate(iter_examples(generate(0, 0, 200, 7).test))
+    ]
 
 
 def test_the_checkpoint_is_small_and_complete() -> None:
     names = {file.name for file in tiny.path().iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "card.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "card.json",
+    } <= names
     assert sum(file.stat().st_size for file in tiny.path().iterdir()) <= 8 * 2**20
 
 
@@ -60,7 +69,9 @@ def test_special_tokens_are_distinct_and_one_bos_leads(tokenizer: Any, prompts: 
 
 
 @pytest.mark.parametrize("verdict", ["True", "False"])
-def test_the_verdict_is_one_token_after_the_prompts_own(tokenizer: Any, prompts: list[str], verdict: str) -> None:
+def test_the_verdict_is_one_token_after_the_prompts_own(
+    tokenizer: Any, prompts: list[str], verdict: str
+) -> None:
     for prompt in prompts:
         before, after = tokenizer(prompt)["input_ids"], tokenizer(prompt + verdict)["input_ids"]
         assert after[:-1] == before and tokenizer.convert_ids_to_tokens(after[-1]) == verdict
@@ -73,7 +84,15 @@ def test_a_default_prompt_is_short(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x\ty  z", "∫₀¹ x² dx = ⅓ \\boxed{\\frac{1}{3}}", "Ωmega 數學 🙂", "Falsehood\n\n\nTrue.", "a\r\nb\x00"]
+    "text",
+    [
+        "",
+        "x\ty  z",
+        "∫₀¹ x² dx = ⅓ \\boxed{\\frac{1}{3}}",
+        "Ωmega 數學 🙂",
+        "Falsehood\n\n\nTrue.",
+        "a\r\nb\x00",
+    ],
 )
 def test_any_text_can_be_encoded_and_comes_back(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
@@ -118,7 +137,9 @@ def test_the_recipe_reads_text_as_the_tokenizer_does(tokenizer: Any) -> None:
 
     encode = PieceEncoder(tokenizer.backend_tokenizer).encode
     for given, learned in islice(documents("test", keyed=0.1), 500):
-        assert [tokenizer.bos_token_id, *encode(given), *encode(learned)] == tokenizer(given + learned)["input_ids"]
+        assert [tokenizer.bos_token_id, *encode(given), *encode(learned)] == tokenizer(given + learned)[
+            "input_ids"
+        ]
 
 
 def test_packed_documents_do_not_see_each_other(model: Any) -> None:
@@ -130,7 +151,9 @@ def test_packed_documents_do_not_see_each_other(model: Any) -> None:
     learned = [0, 1, 1, 1, 1], [0, 0, 1, 1]
     with torch.no_grad():
         packed = loss_of(model, torch.tensor([first + second]), torch.tensor([[*learned[0], *learned[1]]]))
-        alone = [loss_of(model, torch.tensor([i]), torch.tensor([k])) for i, k in zip((first, second), learned)]
+        alone = [
+            loss_of(model, torch.tensor([i]), torch.tensor([k])) for i, k in zip((first, second), learned)
+        ]
     assert packed.item() == pytest.approx((4 * alone[0].item() + 2 * alone[1].item()) / 6, abs=1e-4)
 
 
@@ -138,9 +161,19 @@ def test_packed_documents_do_not_see_each_other(model: Any) -> None:
 def test_the_recipe_runs_from_nothing_and_twice_the_same(tmp_path: Path) -> None:
     folders = [tmp_path / "one" / "base", tmp_path / "two" / "base"]
     for folder in folders:
-        command = [sys.executable, "-m", "mathverify.tiny.recipe", "--smoke", "--device", "cpu", "--workers", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "mathverify.tiny.recipe",
+            "--smoke",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
         subprocess.run([*command, "--out", str(folder)], check=True, capture_output=True)
     one, two = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert one == two
     card = json.loads((folders[0] / "card.json").read_text())
-    assert [stage["stage"] for stage in card["training"]] == ["solve", "taste"]
+    assert card["training"]["steps"] == card["recipe"]["steps"]
+    assert card["measured"]["verifies"]["rows"] == 64
