@@ -15,7 +15,7 @@ from mathverify.errors import UserError
 
 
 class Dtype(Enum):
-    """Number format of the frozen base and of the passes; `auto` is bf16 or fp16 by what the GPU has, float32 on CPU."""
+    """Number format of the frozen base and of the passes; `auto`: bf16 or fp16 by what the GPU has, float32 on CPU."""
 
     auto = "auto"
     float32 = "float32"
@@ -200,8 +200,11 @@ class OptimizerConfig:
 class DataConfig:
     """Which rows, and how they are split. Fractions and row limits apply to whole questions, never to part of one.
 
-    train, validation, test: paths (table) or split names (hub). A split that is not given is taken from train by
-    question. *_rows limit a split (arithmetic: how many to generate). `columns` renames: {our name: theirs}.
+    train, validation, test: paths (table) or split names (hub, where train is "train" unless given). A split that is
+    null is taken from train by question, *_fraction of train's rows, or *_rows of them if given; so test=null is how
+    to get a labelled test set where the hub's own has placeholder labels. *_rows also limit splits that are given
+    (arithmetic: how many to generate). `columns` renames: {our name: theirs}; an empty name for solution or id says
+    that there is none. Rows of train whose question is in a given validation or test are dropped and counted.
     """
 
     source: DataSource = DataSource.arithmetic
@@ -234,7 +237,7 @@ class DataConfig:
             _require(bool(self.train), "data.train", self.train, "a path to a parquet, jsonl or csv file")
         if self.source is DataSource.hub:
             _require(bool(self.path), "data.path", self.path, "a data set name on the hub, or a local folder of one")
-        allowed = ("question", "answer", "solution", "is_correct")
+        allowed = ("question", "answer", "solution", "is_correct", "id")
         for ours in self.columns:
             _require(ours in allowed, "data.columns", ours, f"keys among {', '.join(allowed)}")
 
@@ -379,7 +382,8 @@ def _plain(value: Any) -> Any:
 
 def from_plain(plain: dict[str, Any]) -> RunConfig:
     """The inverse of `to_plain` for a whole RunConfig; raises UserError on unknown keys."""
-    return _build(RunConfig, plain, "")
+    config: RunConfig = _build(RunConfig, plain, "")
+    return config
 
 
 def _build(cls: type, plain: dict[str, Any], where: str) -> Any:

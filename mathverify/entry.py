@@ -57,7 +57,7 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     Raises:
         UserError: a value is missing or impossible.
     """
-    ours = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain)))
@@ -67,16 +67,24 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         raise UserError(one_line(error)) from error
 
 
-class Preflight(Callback):  # type: ignore[misc]
-    """Checks a run's config before Hydra makes its folder, so that bad input leaves nothing behind."""
+class Preflight(Callback):
+    """Checks a run's config and folder before Hydra writes there, so that bad input leaves nothing behind and a folder
+    that holds another run keeps its own .hydra/."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit, which, unlike an Exception, Hydra does not turn into a warning."""
         try:
             refuse_contradictions(config.hydra.overrides.task)
-            to_run_config(config)
+            self._claim(Path(config.hydra.run.dir), to_run_config(config))
         except UserError as error:
             sys.exit(report(error))
+
+
+    def _claim(self, folder: Path, config: RunConfig) -> None:
+        if folder.exists():
+            from mathverify.records import claim_run_folder
+
+            claim_run_folder(folder, config)
 
 
 def refuse_contradictions(overrides: Sequence[str]) -> None:
@@ -99,6 +107,9 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     With HYDRA_FULL_ERROR=1 in the environment every error is shown with its traceback instead.
     """
     register_schema()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     # Hydra prints and exits by itself on errors unless this is set; here the errors are wanted as exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -110,6 +121,36 @@ def main(task: Callable[[DictConfig], Any]) -> None:
         sys.exit(report(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+_USAGE = """\
+Fine-tune LoRA adapters on a frozen base to say whether an answer to a maths question is correct.
+
+  python -m mathverify.train lora=r64                        one run
+  python -m mathverify.train -m lora=r16,r64 seed=1,2        a grid of runs"""
+
+
+def help_text() -> str:
+    """What --help prints: every part of a run with its choices, in the words of their own files, and the defaults.
+
+    Hydra's own --help lists names only, and takes longer than a second to do it; its flags are on --hydra-help.
+    """
+    lines = [_USAGE, "", "Choices (each is a file; pick one with part=choice):"]
+    for part in [*(f.name for f in fields(RunConfig)), "experiment", "sweep"]:
+        for file in sorted((Path(config_dir()) / part).glob("*.yaml"), key=lambda file: (len(file.stem), file.stem)):
+            lines.append(f"  {f'{part}={file.stem}':34s} {_first_words(file)}")
+    lines += ["", "Settings and their defaults (change one with part.setting=value):"]
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        lines.append(OmegaConf.to_yaml(hydra.compose("config")).rstrip())
+    lines += ["", "More: --cfg job shows what a command line composes; --hydra-help lists Hydra's own flags."]
+    return "\n".join(lines)
+
+
+def _first_words(file: Path) -> str:
+    """The first sentence of a config file's opening comment."""
+    comments = [line.lstrip("# ").rstrip() for line in file.read_text("utf-8").splitlines() if line.startswith("#")]
+    opening = " ".join(line for line in comments[:3] if not line.startswith("@package"))
+    return re.split(r"(?<=[.:;]) ", opening, maxsplit=1)[0].rstrip(".:;")
 
 
 def report(error: Exception) -> int:

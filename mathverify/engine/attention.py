@@ -1,0 +1,106 @@
+"""Causal attention inside segments only: torch's variable-length kernel on CUDA, a padded equivalent elsewhere.
+
+Registered with transformers, so that any of its models runs packed tokens unchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from mathverify.engine.layout import PassLayout
+
+ATTENTION = "mathverify_packed"
+"""Name under which packed attention is registered with transformers."""
+
+
+def register() -> None:
+    """Make `attn_implementation=ATTENTION` known to transformers; its masks are never needed."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    packed: PassLayout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed pass, in transformers' calling convention.
+
+    Args:
+        query: [1, heads, tokens, head size]. key, value: the same with the model's number of key-value heads.
+        scaling: factor on the dot products; 1 / sqrt(head size) when None.
+        packed: the pass; passed to the model's forward as `packed=`.
+
+    Returns:
+        [1, tokens, heads, head size], and None for the attention weights.
+
+    Raises:
+        NotImplementedError: the model asks for a sliding window or soft-capped scores, which packing does not have.
+    """
+    if packed is None:
+        raise ValueError("packed attention needs the pass: call the model with packed=PassLayout(...)")
+    window = kwargs.get("sliding_window")
+    if (window is not None and window < packed.longest) or kwargs.get("softcap"):
+        raise NotImplementedError("this model's attention (sliding window or soft cap) is not supported here")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, packed, scaling), None
+    return _padded(query, key, value, packed, scaling), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PassLayout, scaling: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    extra = _varlen_options()
+    if "enable_gqa" in extra:
+        extra["enable_gqa"] = k.shape[1] != q.shape[1]
+    elif k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, scale=scaling, **extra)
+    assert isinstance(out, torch.Tensor)
+    return out[None]
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_options() -> dict[str, Any]:
+    """How this torch spells causal attention with shared key-value heads (2.11 to 2.13 differ)."""
+    known = _varlen_parameters()
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def _padded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PassLayout, scaling: float | None
+) -> torch.Tensor:
+    """The same on a [segments, longest] grid. Padding stands behind each segment, where causal rows never look."""
+    grid_shape = (len(packed.segments), packed.longest)
+    index = packed.padded_index
+
+    def to_grid(t: torch.Tensor) -> torch.Tensor:
+        rows = t[0].transpose(0, 1)
+        grid = rows.new_zeros(grid_shape[0] * grid_shape[1], *rows.shape[1:]).index_copy(0, index, rows)
+        return grid.view(*grid_shape, *rows.shape[1:]).transpose(1, 2)
+
+    q, k, v = to_grid(query), to_grid(key), to_grid(value)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, index)[None]

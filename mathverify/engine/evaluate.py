@@ -1,0 +1,82 @@
+"""Scores of adapters over a token store: one forward pass per example and adapter, whatever the cutting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.lora import Adapter
+from mathverify.engine.model import PackedModel
+from mathverify.engine.passes import TokenBudget, cut
+
+if TYPE_CHECKING:
+    from mathverify.tokens.store import TokenStore
+    from mathverify.tokens.verdicts import VerdictTokens
+
+
+def score(
+    model: PackedModel,
+    adapters: Sequence[Adapter | None],
+    store: TokenStore,
+    verdicts: VerdictTokens,
+    budget: TokenBudget,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Log-odds of True of every row under every adapter; None is the bare base (zero-shot).
+
+    Args:
+        progress: called with the number of tokens after each pass.
+
+    Returns:
+        float64 [adapters, rows], in the store's order.
+
+    Raises:
+        UserError: a single segment does not fit into memory.
+    """
+    work = [(slot, row) for slot in range(len(adapters)) for row in range(len(store))]
+    scores = np.full((len(adapters), len(store)), np.nan)
+    lengths = [int(store.lengths[row]) for _, row in work]
+    left = cut(lengths, budget.tokens)
+    while left:
+        part = [work[i] for i in left[0]]
+        before = budget.tokens
+        values = budget.until_it_fits(
+            [int(store.lengths[row]) for _, row in part],
+            lambda part=part: _score_part(model, adapters, store, verdicts, part, budget.tokens),  # type: ignore[misc]
+        )
+        for (slot, row), value in zip(part, values, strict=True):
+            scores[slot, row] = value
+        rest = [i for indices in left[1:] for i in indices]
+        left = left[1:] if budget.tokens == before else _recut(rest, lengths, budget.tokens)
+        if progress is not None:
+            progress(sum(int(store.lengths[row]) for _, row in part))
+    return scores
+
+
+def _recut(rest: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    return [[rest[i] for i in indices] for indices in cut([lengths[i] for i in rest], budget)]
+
+
+def _score_part(
+    model: PackedModel,
+    adapters: Sequence[Adapter | None],
+    store: TokenStore,
+    verdicts: VerdictTokens,
+    part: Sequence[tuple[int, int]],
+    budget: int,
+) -> NDArray[np.float64]:
+    segments = [
+        Segment(store.ids(row), bool(store.labels[row]), None if adapters[slot] is None else slot) for slot, row in part
+    ]
+    values = np.full(len(segments), np.nan)
+    for indices in cut([len(s) for s in segments], budget):
+        layout = PassLayout([segments[i] for i in indices], model.device)
+        with torch.no_grad(), model.host.applying(adapters, layout, training=False):
+            found = layout.unsorted(model.scores(layout, verdicts.true_id, verdicts.false_id))
+        values[indices] = found.double().cpu().numpy()
+    return values

@@ -1,0 +1,111 @@
+"""One pass: segments laid end to end, and which tokens belong to which segment and which trial. No model here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One example's tokens in a pass.
+
+    ids: int32 [length]. slot: which adapter of the pass applies, None for the bare base. weight: factor of this
+    segment's loss in its trial's step loss. label: the verdict. key: where dropout masks of its tokens come from.
+    """
+
+    ids: NDArray[np.int32]
+    label: bool
+    slot: int | None = 0
+    weight: float = 1.0
+    key: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens start..end-1 of a pass, all of one adapter (or of none)."""
+
+    slot: int | None
+    start: int
+    end: int
+
+
+class PassLayout:
+    """Segments of one pass, ordered by slot so that each adapter's tokens are contiguous.
+
+    ids, positions: int64 [1, tokens]. starts: int32 [segments + 1], running token offsets. last: int64 [segments],
+    the index of each segment's last token.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> None:
+        assert segments, "a pass has at least one segment"
+        slots = [-1 if segment.slot is None else segment.slot for segment in segments]
+        self.order = sorted(range(len(segments)), key=slots.__getitem__)
+        self.segments = [segments[i] for i in self.order]
+        self.device = torch.device(device)
+        lengths = np.array([len(s) for s in self.segments], dtype=np.int64)
+        self.lengths = lengths
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.tokens = int(self.offsets[-1])
+        self.longest = int(lengths.max())
+        self.spans = self._spans()
+
+    def _spans(self) -> list[Span]:
+        spans: list[Span] = []
+        for segment, start, end in zip(self.segments, self.offsets[:-1], self.offsets[1:], strict=True):
+            if spans and spans[-1].slot == segment.slot:
+                spans[-1] = Span(segment.slot, spans[-1].start, int(end))
+            else:
+                spans.append(Span(segment.slot, int(start), int(end)))
+        return spans
+
+    def _tensor(self, values: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).to(self.device, non_blocking=True)
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        return self._tensor(np.concatenate([s.ids for s in self.segments]), torch.int64)[None]
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return self._tensor(self._positions, torch.int64)[None]
+
+    @cached_property
+    def _positions(self) -> NDArray[np.int64]:
+        positions: NDArray[np.int64] = np.arange(self.tokens) - np.repeat(self.offsets[:-1], self.lengths)
+        return positions
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        return self._tensor(self.offsets, torch.int32)
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        return self._tensor(self.offsets[1:] - 1, torch.int64)
+
+    @cached_property
+    def padded_index(self) -> torch.Tensor:
+        """int64 [tokens]: where each token goes in a [segments x longest] grid."""
+        rows = np.repeat(np.arange(len(self.segments)), self.lengths)
+        return self._tensor(rows * self.longest + self._positions, torch.int64)
+
+    @cached_property
+    def token_keys(self) -> torch.Tensor:
+        """int32 [tokens]: a number for each token that depends on its segment's key and its position only."""
+        keys = np.array([s.key for s in self.segments], dtype=np.uint64)
+        mixed = np.repeat(keys, self.lengths) * np.uint64(0x9E3779B1) + self._positions.astype(np.uint64)
+        return self._tensor((mixed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), torch.int32)
+
+    def unsorted(self, values: torch.Tensor) -> torch.Tensor:
+        """Per-segment values [segments, ...] back in the order in which the segments were given."""
+        back = torch.empty(len(self.order), dtype=torch.int64)
+        back[torch.tensor(self.order)] = torch.arange(len(self.order))
+        return values[back.to(values.device)]

@@ -1,0 +1,116 @@
+"""The base as the engine sees it: packed tokens in, verdict scores or token losses out. No optimizer here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+from mathverify.base import Base
+from mathverify.engine.attention import ATTENTION, register
+from mathverify.engine.layout import PassLayout
+from mathverify.engine.lora import AdapterHost
+from mathverify.errors import UserError
+
+_LOGIT_ROWS = 1024
+"""Positions whose vocabulary-wide logits are held at once (sequence loss only)."""
+
+
+class PackedModel:
+    """A base adopted by the engine: linears wrapped, attention packed. One per base and process (`adopt`)."""
+
+    def __init__(self, base: Base) -> None:
+        register()
+        self.base, self.device = base, base.device
+        head = base.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"the base ({type(base.model).__name__}) has no linear output layer: verdicts need one")
+        self.head = head
+        self.decoder: nn.Module = base.model.get_decoder()
+        base.model.set_attn_implementation(ATTENTION)
+        self.host = AdapterHost(base.model, skip=head)
+        self._finish = _logit_finish(base.model.config)
+
+    def hidden(self, layout: PassLayout) -> Tensor:
+        """Final hidden states [tokens, hidden] of a pass; adapters as `host.applying` says."""
+        out = self.decoder(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def scores(self, layout: PassLayout, true_id: int, false_id: int) -> Tensor:
+        """Log-odds of True: logit(True) - logit(False) at each segment's last token, float32 [segments].
+
+        Only two rows of the output layer are used. Order: that of `layout.segments`.
+        """
+        at_verdict = self.hidden(layout)[layout.last].float()
+        rows = self.head.weight[[true_id, false_id]].float()
+        logits: Tensor = at_verdict @ rows.t()
+        if self.head.bias is not None:
+            logits = logits + self.head.bias[[true_id, false_id]].float()
+        logits = self._finish(logits)
+        return logits[:, 0] - logits[:, 1]
+
+    def verdict_losses(self, layout: PassLayout, true_id: int, false_id: int) -> Tensor:
+        """Two-way cross-entropy of each segment's verdict, float32 [segments]: softplus(-score) for True."""
+        signs = torch.tensor([1.0 if s.label else -1.0 for s in layout.segments], device=self.device)
+        return softplus(-signs * self.scores(layout, true_id, false_id))
+
+    def sequence_losses(self, layout: PassLayout) -> Tensor:
+        """Summed next-token cross-entropy of each segment, float32 [segments].
+
+        Segments must include their verdict token; the first token of a segment is never a target.
+        """
+        hidden = self.hidden(layout)
+        source = torch.ones(layout.tokens, dtype=torch.bool, device=self.device)
+        source[layout.last] = False
+        places = source.nonzero()[:, 0]
+        targets = layout.ids[0, places + 1]
+        owner = torch.repeat_interleave(
+            torch.arange(len(layout.segments), device=self.device), torch.as_tensor(layout.lengths - 1).to(self.device)
+        )
+        losses = hidden.new_zeros(len(layout.segments), dtype=torch.float32)
+        for start in range(0, len(places), _LOGIT_ROWS):
+            part = slice(start, start + _LOGIT_ROWS)
+            # Recomputed in the backward pass: vocabulary-wide logits of a whole pass would not fit.
+            values: Tensor = checkpoint(self._token_losses, hidden[places[part]], targets[part], use_reentrant=False)
+            losses = losses.index_add(0, owner[part], values)
+        return losses
+
+    def _token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self._finish(self.head(hidden).float())
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def recompute_activations(self, wanted: bool) -> None:
+        """Activation checkpointing of every decoder layer, or none."""
+        layers: Sequence[Any] = getattr(self.decoder, "layers", [])
+        for layer in layers:
+            layer.gradient_checkpointing = wanted
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer.training = wanted  # transformers recomputes in training mode only; the layer's children stay in eval
+
+
+_adopted: dict[int, PackedModel] = {}
+
+
+def adopt(base: Base) -> PackedModel:
+    """The engine's view of a base, made once and kept as long as the base is warm."""
+    if id(base.model) not in _adopted:
+        _adopted[id(base.model)] = PackedModel(base)
+    return _adopted[id(base.model)]
+
+
+def _logit_finish(config: Any) -> Any:
+    """What some architectures do to logits after the output layer (Gemma's soft cap, Cohere's and Granite's scale)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def finish(logits: Tensor) -> Tensor:
+        logits = logits * factor if factor != 1.0 else logits
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return finish

@@ -1,0 +1,82 @@
+"""The pack: trials that share a base take their steps together, in passes of at most N tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mathverify.config import LossKind
+from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.model import PackedModel
+from mathverify.engine.passes import TokenBudget, cut
+from mathverify.engine.trial import StepReport, Trial, TrialState
+
+
+class Pack:
+    """Trials in training. One call of `step` (a round) is one optimizer step of every running trial.
+
+    After an out-of-memory the round is repeated with a smaller budget; since nothing random has a state, it is the
+    same round.
+    """
+
+    def __init__(self, model: PackedModel, budget: TokenBudget) -> None:
+        self.model = model
+        self.budget = budget
+        self.trials: list[Trial] = []
+
+    def add(self, trial: Trial) -> None:
+        self.trials.append(trial)
+
+    @property
+    def running(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.state is TrialState.running]
+
+    def step(self) -> list[tuple[Trial, StepReport]]:
+        """One round. A trial that fails in it, or must repeat its step, has no report.
+
+        Raises:
+            UserError: a single segment does not fit into memory.
+        """
+        trials = self.running
+        rounds = [trial.segments(slot) for slot, trial in enumerate(trials)]
+        segments = [segment for own in rounds for segment in own]
+        losses = self.budget.until_it_fits([len(s) for s in segments], lambda: self._passes(trials, segments))
+        reports = []
+        for trial, own, loss in zip(trials, rounds, losses, strict=True):
+            report = trial.update(loss / trial.loss_scale, sum(len(segment) for segment in own))
+            if report is not None:
+                reports.append((trial, report))
+        return reports
+
+    def _passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
+        """Forward and backward of a whole round: gradients into the adapters, summed weighted losses by slot."""
+        for trial in trials:
+            trial.adapter.grad.zero_()
+        totals = torch.zeros(len(trials), device=self.model.device)
+        for kind, part in self._cut(trials, segments):
+            self._one_pass(trials, kind, PassLayout(part, self.model.device), totals)
+        sums: list[float] = totals.tolist()
+        return sums
+
+    def _cut(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> Iterator[tuple[LossKind, list[Segment]]]:
+        """Passes of one kind of loss each."""
+        for kind in LossKind:
+            own = [s for s in segments if s.slot is not None and trials[s.slot].config.train.loss is kind]
+            for indices in cut([len(s) for s in own], self.budget.tokens):
+                yield kind, [own[i] for i in indices]
+
+    def _one_pass(self, trials: Sequence[Trial], kind: LossKind, layout: PassLayout, totals: Tensor) -> None:
+        weights = torch.tensor([s.weight for s in layout.segments], device=self.model.device)
+        slots = torch.tensor([s.slot for s in layout.segments], device=self.model.device)
+        with self.model.host.applying([trial.adapter for trial in trials], layout, training=True):
+            weighted = self._losses(trials[0], kind, layout) * weights
+            # Inside the block: with recomputed activations the backward pass runs the adapters again.
+            weighted.sum().backward()
+        totals.index_add_(0, slots, weighted.detach())
+
+    def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
+        if kind is LossKind.sequence:
+            return self.model.sequence_losses(layout)
+        return self.model.verdict_losses(layout, trial.verdicts.true_id, trial.verdicts.false_id)

@@ -1,0 +1,66 @@
+"""Cutting work into passes of at most N tokens; what fits is a matter of tokens, never of examples."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from mathverify.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class TokenBudget:
+    """Most tokens of one pass. A real out-of-memory halves it; it never grows again in the same process."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def until_it_fits(self, lengths: Sequence[int], work: Callable[[], Result]) -> Result:
+        """Call `work`, which cuts its passes by this budget, again with half the tokens while memory runs out.
+
+        Args:
+            lengths: tokens of the segments at work; a pass cannot be smaller than the longest.
+
+        Raises:
+            UserError: out of memory with a single segment.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                self._halve(max(lengths), sum(lengths))
+
+    def _halve(self, longest: int, total: int) -> None:
+        if min(self.tokens, total) <= longest:
+            raise UserError(
+                f"out of memory with {self.tokens} tokens a pass and a segment of {longest}: nothing is left to split; "
+                "use train.memory=lean, a smaller prompt.max_length, quantization=nf4 or fewer trials at once"
+            )
+        self.tokens = max(longest, min(self.tokens, total) // 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Split segments into passes, longest first so that an out-of-memory comes early.
+
+    Args:
+        lengths: tokens of each segment. budget: most tokens of a pass; a segment longer than it gets its own pass.
+
+    Returns:
+        Indices into `lengths`, pass by pass; each index once.
+    """
+    passes: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not passes or lengths[index] > room:
+            passes.append([])
+            room = budget
+        passes[-1].append(index)
+        room -= lengths[index]
+    return passes

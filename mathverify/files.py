@@ -1,0 +1,61 @@
+"""Writing files so that a kill or a full disk never leaves a torn one: temporary name, sync, rename."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mathverify.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; when the block ends well, its file is synced and takes `path`'s place.
+
+    A reader, or a crash at any moment, sees the old file or the new one, never a part. The temporary file lies in the
+    same folder (a rename is atomic only within a file system) and has the user's umask; the folder is synced too.
+
+    Raises:
+        UserError: the disk or the permissions refuse. The temporary file is gone, and what was at `path` stands.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(_why_not_written(path, error)) from error
+        raise
+
+
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file whole or not at all; see `replacing`.
+
+    content: the bytes, or a function that writes them to an open binary file.
+    """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold a file's bytes, or a folder's entries, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    remedy = "free space or choose another folder, then run the same command again: it continues"
+    return f"{path}: cannot write ({error.strerror or error}): {remedy}"

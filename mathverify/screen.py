@@ -1,0 +1,186 @@
+"""What a person sees of one run: the data, a bar while it trains, a small table at the end. Computes nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mathverify.records import RunRecord, Status
+from mathverify.run import Run, Screen
+from mathverify.scoring import Interval, Metrics
+
+if TYPE_CHECKING:
+    from mathverify.config import RunConfig
+    from mathverify.engine.trial import StepReport
+    from mathverify.prepare import Workbench
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Where there is no terminal to draw a bar on."""
+
+
+class RunScreen(Screen):
+    """One run on stdout: a moving bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None) -> None:
+        self.config, self.folder = config, folder
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._started = time.perf_counter()
+        self._said = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._put_bar_away()
+
+    def prepared(self, bench: Workbench) -> None:
+        """The data report, and what the run will need."""
+        self.console.print(bench.report.render())
+        base = f"{self.config.model.name} on {bench.model.device}, {self.config.quantization.kind.value} quantization"
+        self._say(f"base: {base}; {bench.plan}")
+        self._say(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}")
+
+    # Screen
+
+    def phase(self, name: str) -> None:
+        self._put_bar_away()
+        if name == "training" and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                TextColumn("left  {task.fields[validation]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=self.config.train.steps, loss=float("nan"), speed=0.0, validation=""
+            )
+            self._bar.start()
+        elif not self.console.is_terminal:
+            self._say(f"{name} ...")
+
+    def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=report.step, loss=report.loss, speed=tokens_per_second)
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            left = run.seconds["train"] / report.step * (run.trial.steps - report.step)
+            self._say(
+                f"step {report.step}/{run.trial.steps}  loss {report.loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                f"{left:.0f} s left"
+            )
+
+    def validated(self, run: Run, metrics: Metrics) -> None:
+        said = f"validation {_share(metrics.accuracy)}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, validation=said)
+        else:
+            self._say(f"step {run.trial.step}/{run.trial.steps}  {said}")
+
+    def ended(self, run: Run) -> None:
+        self._put_bar_away()
+
+    # Last words
+
+    def result(self, run: Run) -> float | None:
+        """Print the final table. Returns validation accuracy, None when the run failed."""
+        if run.record.status is Status.failed:
+            self._say(f"failed: {run.record.reason}; what there is lies in {self.folder}")
+            return None
+        self.console.print(final_table(run.record, self.folder, time.perf_counter() - self._started))
+        return _validation_accuracy(run.record)
+
+    def finished_before(self, record: RunRecord) -> float | None:
+        """The folder holds this very run, finished: show its result again."""
+        self.console.print("this run is already finished; its result:")
+        self.console.print(final_table(record, self.folder, sum(record.costs.seconds.values())))
+        return _validation_accuracy(record)
+
+    def interrupted(self) -> None:
+        """A signal ended the run; say how to go on."""
+        self._put_bar_away()
+        continuing = " ".join([*sys.argv[1:], f"hydra.run.dir={self.folder}"])
+        self._say(f"stopped; the state is saved. Continue with: python -m mathverify.train {continuing}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(printable(line), markup=False)
+
+    def _put_bar_away(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin (names, paths, reasons) with what a terminal would obey written out, e.g. ESC as \\x1b."""
+    return "".join(c if unicodedata.category(c) not in _OBEYED else _written_out(c) for c in text)
+
+
+_OBEYED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of control characters, direction overrides, surrogates and line ends."""
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
+    """The last lines of a run: quality with intervals, the base it started from, cost, and where everything is."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    metrics, costs = record.metrics, record.costs
+    test, zero = metrics.test, metrics.zero_shot
+
+    def row(name: str, value: str) -> None:
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
+
+    if test is not None:
+        row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
+        row("AUROC", _number(test.auroc))
+        row("Brier", _number(test.brier))
+        row("base rate", _share(test.base_rate))
+    row("zero-shot", _share(zero.accuracy) if zero is not None else "not measured")
+    if metrics.tuned is not None:
+        row("tuned threshold", f"{_share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
+    if (generated := record.notes.get("generated")) is not None:
+        accuracy = generated["metrics"]["accuracy"]
+        row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
+    row("seconds", f"{seconds:.1f} ({', '.join(f'{phase} {spent:.1f}' for phase, spent in costs.seconds.items())})")
+    row("tokens/s", f"{costs.tokens_per_second:,.0f} in training" if costs.tokens_per_second else "no training")
+    row("run folder", str(folder))
+    return table
+
+
+def _share(interval: Interval) -> str:
+    return _with_interval(interval, lambda x: f"{x:.1%}")
+
+
+def _number(interval: Interval) -> str:
+    return _with_interval(interval, lambda x: f"{x:.3f}")
+
+
+def _with_interval(interval: Interval, spell: Callable[[float], str]) -> str:
+    if interval.value is None:
+        return f"undefined: {interval.reason}"
+    if interval.low is None or interval.high is None:
+        return spell(interval.value)
+    return f"{spell(interval.value)} [{spell(interval.low)}, {spell(interval.high)}]"
+
+
+def _validation_accuracy(record: RunRecord) -> float | None:
+    return record.metrics.validation.accuracy.value if record.metrics.validation is not None else None

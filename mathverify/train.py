@@ -1,0 +1,75 @@
+"""One run from the command line: compose, prepare, train a pack of one, evaluate, record.
+
+python -m mathverify.train lora=r64
+python -m mathverify.train experiment=higher_batch_r64_b4
+python -m mathverify.train --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from mathverify import entry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mathverify.config import RunConfig
+
+INTERRUPTED = 130
+FAILED = 1
+
+
+def task(composed: DictConfig) -> float | None:
+    """What Hydra calls for each job. Returns the validation accuracy, which sweepers maximise."""
+    return train_one(entry.to_run_config(composed), entry.run_folder())
+
+
+def train_one(config: RunConfig, folder: Path, console: Console | None = None) -> float | None:
+    """Do one run in `folder`, continuing it if it was cut short, and show it.
+
+    Returns:
+        Accuracy on validation at the end.
+
+    Raises:
+        UserError: bad input of any kind.
+        SystemExit: with INTERRUPTED after a signal, with FAILED when the run failed (its loss was not finite, say).
+    """
+    # From here on it is heavy: torch and transformers are not imported for --help, --cfg or bad config.
+    import torch
+
+    from mathverify.prepare import prepare
+    from mathverify.progress import shown
+    from mathverify.records import read_record
+    from mathverify.run import Interrupted, PackRunner, heeding_signals, open_run
+    from mathverify.screen import RunScreen
+
+    start = time.perf_counter()
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    with heeding_signals() as stop, RunScreen(config, folder, console) as screen:
+        with shown() as progress:
+            bench = prepare(config, progress)
+        screen.prepared(bench)
+        run = open_run(config, folder, bench)
+        if run is None:
+            return screen.finished_before(read_record(folder))
+        run.spend("prepare", time.perf_counter() - start)
+        try:
+            PackRunner(bench, screen, stop).run([run])
+        except Interrupted:
+            screen.interrupted()
+            sys.exit(INTERRUPTED)
+        accuracy = screen.result(run)
+    if accuracy is None:
+        sys.exit(FAILED)
+    return accuracy
+
+
+if __name__ == "__main__":
+    entry.main(task)

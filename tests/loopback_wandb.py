@@ -1,0 +1,237 @@
+"""A W&B server on loopback that records what a real client sends, or misbehaves on request. For tests only."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+KEY = "0123456789abcdef" * 2 + "01234567"  # any 40 characters pass the client's own check
+
+
+class LoopbackWandb:
+    """Answers the GraphQL and file-stream calls of the wandb client on 127.0.0.1 and keeps every request.
+
+    `behaviour`: "ok", "500", "401", "cut" (closes connections unanswered) or "hang" (answers after `stop()` only);
+    may be changed while clients talk to it. `history` holds (seconds since start, run id, row) as they arrive.
+    """
+
+    def __init__(self, behaviour: str = "ok") -> None:
+        self.behaviour = behaviour
+        self.history: list[tuple[float, str, dict[str, Any]]] = []
+        self.summary: dict[str, dict[str, Any]] = {}
+        self.upserts: list[dict[str, Any]] = []
+        self.bodies: list[bytes] = []
+        self.uploads: dict[str, bytes] = {}
+        self.operations: list[str] = []
+        self.exits: dict[str, int] = {}
+        self.released = threading.Event()
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def rows(self, run_id: str) -> list[dict[str, Any]]:
+        """The history rows that have arrived for one run, so far."""
+        with self._lock:
+            return [row for _, run, row in self.history if run == run_id]
+
+    def wait_for_rows(self, run_id: str, count: int, seconds: float) -> bool:
+        """Whether at least `count` history rows of the run arrive within `seconds`."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if len(self.rows(run_id)) >= count:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def answer_graphql(self, body: dict[str, Any]) -> dict[str, Any]:
+        query, variables = body.get("query", ""), body.get("variables") or {}
+        with self._lock:
+            self.operations.append(query.strip().split("(")[0].split("{")[0].strip())
+        if "upsertBucket" in query:
+            return self._upsert(variables)
+        if "createRunFiles" in query:
+            return self._run_files(variables)
+        if "createArtifact(" in query:
+            return self._artifact(variables)
+        if "createArtifactManifest" in query:
+            return self._manifest(variables)
+        if "createArtifactFiles" in query:
+            return self._artifact_files(variables)
+        if "commitArtifact" in query:
+            return {"data": {"commitArtifact": {"artifact": {"id": "artifact", "digest": "digest"}}}}
+        if "viewer" in query:
+            return {
+                "data": {
+                    "viewer": {
+                        "id": "1",
+                        "entity": "tester",
+                        "username": "tester",
+                        "flags": "{}",
+                        "teams": {"edges": []},
+                    }
+                }
+            }
+        if "RunResumeStatus" in query or "RunStatus" in query:
+            return {
+                "data": {"model": {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}, "bucket": None}}
+            }
+        return {"errors": [{"message": "not known to the loopback server"}]}
+
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            self.upserts.append(variables)
+        name = variables.get("name") or "run"
+        project = {
+            "id": "p1",
+            "name": variables.get("project") or "p",
+            "entity": {"id": "e1", "name": "tester"},
+        }
+        bucket = {
+            "id": f"id-{name}",
+            "name": name,
+            "displayName": variables.get("displayName") or name,
+            "description": "",
+            "config": "{}",
+            "sweepName": None,
+            "historyLineCount": 0,
+            "project": project,
+        }
+        return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+
+    def _run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        names = variables.get("files") or []
+        files = [{"name": n, "uploadUrl": f"{self.url}/upload/{variables.get('run')}/{n}"} for n in names]
+        return {"data": {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}}
+
+    def _artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = {
+            "id": "artifact",
+            "state": "PENDING",
+            "artifactSequence": {"id": "sequence", "latestArtifact": None},
+        }
+        return {"data": {"createArtifact": {"artifact": artifact}}}
+
+    def _manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        file = {
+            "id": "file",
+            "name": "wandb_manifest.json",
+            "displayName": "wandb_manifest.json",
+            "uploadUrl": f"{self.url}/upload/artifact/wandb_manifest.json",
+            "uploadHeaders": [],
+        }
+        return {"data": {"createArtifactManifest": {"artifactManifest": {"id": "manifest", "file": file}}}}
+
+    def _artifact_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        edges = [
+            {
+                "node": {
+                    "id": "f",
+                    "name": spec["name"],
+                    "displayName": spec["name"],
+                    "storagePath": spec["name"],
+                    "uploadUrl": f"{self.url}/upload/artifact/{spec['name']}",
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "artifact": {"id": "artifact"},
+                }
+            }
+            for spec in (variables.get("input") or {}).get("artifactFiles") or []
+        ]
+        return {"data": {"createArtifactFiles": {"files": {"edges": edges}}}}
+
+    def take_stream(self, run_id: str, body: dict[str, Any]) -> None:
+        files = body.get("files") or {}
+        now = time.monotonic() - self._began
+        with self._lock:
+            for line in files.get("wandb-history.jsonl", {}).get("content", []):
+                self.history.append((now, run_id, json.loads(line)))
+            for line in files.get("wandb-summary.json", {}).get("content", []):
+                self.summary[run_id] = json.loads(line)
+            if body.get("complete"):
+                self.exits[run_id] = int(body.get("exitcode") or 0)
+
+
+def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def _reply(self, status: int, body: dict[str, Any]) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _misbehaves(self) -> bool:
+            match server.behaviour:
+                case "hang":
+                    server.released.wait()
+                    self.close_connection = True
+                    return True
+                case "cut":
+                    self.close_connection = True
+                    return True
+                case "500" | "401" as status:
+                    self._reply(int(status), {"errors": [{"message": f"loopback {status}"}]})
+                    return True
+            return False
+
+        def do_POST(self) -> None:
+            raw = self._body()
+            server.bodies.append(raw)
+            if self._misbehaves():
+                return
+            try:
+                body = json.loads(raw or b"{}")
+            except ValueError:  # the client's telemetry, in a binary form
+                self._reply(200, {})
+                return
+            if self.path.endswith("/file_stream"):
+                server.take_stream(self.path.split("/")[-2], body)
+                self._reply(200, {"exitcode": None, "limits": {}})
+            else:
+                self._reply(200, server.answer_graphql(body))
+
+        def do_GET(self) -> None:
+            if not self._misbehaves():
+                self._reply(200, {})
+
+        def do_PUT(self) -> None:
+            raw = self._body()
+            server.bodies.append(raw)
+            if self._misbehaves():
+                return
+            server.uploads[self.path] = raw
+            self.send_response(200)
+            self.send_header("ETag", base64.b64encode(hashlib.md5(raw).digest()).decode())
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    return Handler
