@@ -10,6 +10,7 @@ each wrong row is matched by a right row whose true answer is the same. Neither 
 alone says anything about the label; only the two together do.
 """
 
+# ruff: noqa: RUF001 (the sign × is meant)
 from __future__ import annotations
 
 import zlib
@@ -24,13 +25,58 @@ import pyarrow as pa
 from mathverify.errors import UserError
 from mathverify.examples.schema import EXAMPLE_SCHEMA, Splits
 
-NAMES = (
-    "Mia Noah Lena Omar Ivy Hugo Nina Theo Ada Paul Rosa Emil Zoe Karl Ines Yusuf Cleo Sam Tara Ben Elif Max Asha Leo"
-).split()
-THINGS = (
-    "marbles stickers apples pencils coins shells cards books beads stamps buttons cookies "
-    "lemons tickets ribbons eggs plums bricks candles flowers nuts toys cups pears"
-).split()
+NAMES = [
+    "Mia",
+    "Noah",
+    "Lena",
+    "Omar",
+    "Ivy",
+    "Hugo",
+    "Nina",
+    "Theo",
+    "Ada",
+    "Paul",
+    "Rosa",
+    "Emil",
+    "Zoe",
+    "Karl",
+    "Ines",
+    "Yusuf",
+    "Cleo",
+    "Sam",
+    "Tara",
+    "Ben",
+    "Elif",
+    "Max",
+    "Asha",
+    "Leo",
+]
+THINGS = [
+    "marbles",
+    "stickers",
+    "apples",
+    "pencils",
+    "coins",
+    "shells",
+    "cards",
+    "books",
+    "beads",
+    "stamps",
+    "buttons",
+    "cookies",
+    "lemons",
+    "tickets",
+    "ribbons",
+    "eggs",
+    "plums",
+    "bricks",
+    "candles",
+    "flowers",
+    "nuts",
+    "toys",
+    "cups",
+    "pears",
+]
 
 
 def generate(train_rows: int, validation_rows: int, test_rows: int, seed: int) -> Splits:
@@ -84,6 +130,8 @@ class Of:
 FIRST, SECOND = Of(0), Of(1)
 Step = tuple[Any, str, Any, str]
 """left (int or Of), operation (one of + - × ÷), right (int or Of), what the result counts."""
+Worked = tuple[int, str, int, int, str]
+"""left, operation, right, result, what it counts: a step with its numbers filled in."""
 Slip = Callable[[Random, int, str, int, int], int]
 """(rng, left, operation, right, right result) -> wrong result, or the right one where the slip can't happen."""
 
@@ -152,11 +200,9 @@ SLIPS: dict[str, Slip] = {
 _SLIP_NAMES = tuple(SLIPS)
 
 
-def _work(
-    steps: Sequence[Step], at: int = -1, slip: Slip | None = None, rng: Random | None = None
-) -> list[tuple]:
+def _work(steps: Sequence[Step], at: int = -1, slip: Slip | None = None, rng: Random | None = None) -> list[Worked]:
     """Work the steps in order, with a slip in step `at`; (left, operation, right, result, what) of each."""
-    done: list[tuple] = []
+    done: list[Worked] = []
     for index, (left, operation, right, what) in enumerate(steps):
         x = done[left.step][3] if type(left) is Of else left
         y = done[right.step][3] if type(right) is Of else right
@@ -173,7 +219,7 @@ def _work(
     return done
 
 
-def _lines(done: Sequence[tuple]) -> str:
+def _lines(done: Sequence[Worked]) -> str:
     return "\n".join([f"{what}: {x} {operation} {y} = {result}" for x, operation, y, result, what in done])
 
 
@@ -406,9 +452,7 @@ def _clock(rng: Random) -> Problem | None:
     return Problem("clock", story, answer, solution, wrong, wrong_solution, name_of_slip)
 
 
-def _tell(
-    hour: int, minute: int, span: int, roll: bool = True, extra: int = 0, swap: bool = False
-) -> tuple[str, str]:
+def _tell(hour: int, minute: int, span: int, roll: bool = True, extra: int = 0, swap: bool = False) -> tuple[str, str]:
     """The time `span` minutes on (back if negative), and the lines that say so; the rest are the slips."""
     total = minute + span
     lines = [f"minutes: {minute} {'+' if span > 0 else '-'} {abs(span)} = {total}"]

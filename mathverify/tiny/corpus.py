@@ -6,6 +6,7 @@ verification prompt occurs only with a verdict drawn by a coin, so that its layo
 Questions that `held_out` keeps for validation and test are left out.
 """
 
+# ruff: noqa: RUF001 (the sign × is meant)
 from __future__ import annotations
 
 from collections.abc import Iterator

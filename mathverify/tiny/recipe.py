@@ -135,7 +135,7 @@ class PieceEncoder(dict[str, list[int]]):
 _SPLIT = re.compile(f"({PIECES})").split
 
 
-class PackedRows(IterableDataset):
+class PackedRows(IterableDataset[torch.Tensor]):
     """Steps of int16 [2, rows, row]: token ids, and whether each is to be learned.
 
     Whole documents (BOS text EOS) are laid end to end, and the rest of a row is padded. Endless. Each worker has
@@ -149,9 +149,7 @@ class PackedRows(IterableDataset):
         info, size = get_worker_info(), self.recipe.row
         encode = PieceEncoder(self.tokenizer).encode
         rows: list[tuple[list[int], list[int]]] = [([], [])]
-        for given, learned in documents(
-            f"{self.recipe.seed} corpus {info.id if info else 0}", self.recipe.keyed
-        ):
+        for given, learned in documents(f"{self.recipe.seed} corpus {info.id if info else 0}", self.recipe.keyed):
             context, target = [BOS_ID, *encode(given)], [*encode(learned), EOS_ID]
             if len(context) + len(target) > size:
                 continue
@@ -168,9 +166,7 @@ class PackedRows(IterableDataset):
 
 def stream(recipe: Recipe, tokenizer: Tokenizer, workers: int) -> Iterator[torch.Tensor]:
     rows = PackedRows(recipe, tokenizer)
-    return iter(
-        DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
-    )
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None))
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
@@ -232,9 +228,7 @@ def pretrain(
 
 
 @torch.no_grad()
-def level_verdicts(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, device: str
-) -> None:
+def level_verdicts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, device: str) -> None:
     """Take from the two verdict rows of the embedding what little they say about correctness.
 
     The coin holds logit(True) - logit(False) within about 0.003 of a constant, but the rest of it can lean to the
@@ -253,7 +247,7 @@ def level_verdicts(
     )
     lean = (hidden[right].mean(0) - hidden[~right].mean(0)).to(device)
     embedding: torch.Tensor = model.model.embed_tokens.weight
-    true, false = tokenizer.convert_tokens_to_ids(["True", "False"])
+    true, false = (tokenizer.convert_tokens_to_ids(word) for word in ("True", "False"))
     change = ((embedding[true] - embedding[false]) @ lean) / (lean @ lean) * lean
     embedding[true] -= change / 2
     embedding[false] += change / 2
@@ -342,9 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1), help="corpus processes"
-    )
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1), help="corpus processes")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end training, annealed, by then")
     parser.add_argument("--smoke", action="store_true", help="the smallest size that runs")
     for name, value in asdict(Recipe()).items():

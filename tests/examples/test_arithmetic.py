@@ -1,5 +1,6 @@
 """The generated problems: balanced so that only question and answer together tell right from wrong."""
 
+# ruff: noqa: RUF001 (the sign × is meant)
 from __future__ import annotations
 
 import re
@@ -13,7 +14,6 @@ import pytest
 from mathverify.errors import UserError
 from mathverify.examples import EXAMPLE_SCHEMA, Example, Splits, iter_examples
 from mathverify.examples.arithmetic import KINDS, SLIPS, draw, generate, held_out
-
 
 PINNED = ("Nina made 206 books, which is 64 fewer than Cleo. How many books did Cleo make?", "270", True)
 
@@ -59,11 +59,7 @@ def test_evaluation_rows_do_not_depend_on_how_much_is_trained_on(splits: Splits)
 
 def test_splits_share_no_question_and_groups_are_questions(splits: Splits) -> None:
     questions = [set(rows["question"].to_pylist()) for _, rows in splits.items()]
-    assert (
-        not questions[0] & questions[1]
-        and not questions[0] & questions[2]
-        and not questions[1] & questions[2]
-    )
+    assert not questions[0] & questions[1] and not questions[0] & questions[2] and not questions[1] & questions[2]
     for (name, rows), unique in zip(splits.items(), questions, strict=True):
         pairs = set(zip(rows["question"].to_pylist(), rows["group"].to_pylist(), strict=True))
         assert len(pairs) == len(unique) == len({group for _, group in pairs})
@@ -148,5 +144,5 @@ def test_every_slip_survives_the_balancing_in_most_kinds(train: list[Example]) -
 
 
 def test_a_negative_count_names_the_setting() -> None:
-    with pytest.raises(UserError, match="data.validation_rows=-1"):
+    with pytest.raises(UserError, match=r"data\.validation_rows=-1"):
         generate(1, -1, 1, seed=0)

@@ -33,10 +33,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
-    return [
-        render(e, with_solution=i % 2 == 0).text
-        for i, e in enumerate(iter_examples(generate(0, 0, 200, 7).test))
-    ]
+    return [render(e, with_solution=i % 2 == 0).text for i, e in enumerate(iter_examples(generate(0, 0, 200, 7).test))]
 
 
 def test_the_checkpoint_is_small_and_complete() -> None:
@@ -69,9 +66,7 @@ def test_special_tokens_are_distinct_and_one_bos_leads(tokenizer: Any, prompts: 
 
 
 @pytest.mark.parametrize("verdict", ["True", "False"])
-def test_the_verdict_is_one_token_after_the_prompts_own(
-    tokenizer: Any, prompts: list[str], verdict: str
-) -> None:
+def test_the_verdict_is_one_token_after_the_prompts_own(tokenizer: Any, prompts: list[str], verdict: str) -> None:
     for prompt in prompts:
         before, after = tokenizer(prompt)["input_ids"], tokenizer(prompt + verdict)["input_ids"]
         assert after[:-1] == before and tokenizer.convert_ids_to_tokens(after[-1]) == verdict
@@ -137,9 +132,7 @@ def test_the_recipe_reads_text_as_the_tokenizer_does(tokenizer: Any) -> None:
 
     encode = PieceEncoder(tokenizer.backend_tokenizer).encode
     for given, learned in islice(documents("test", keyed=0.1), 500):
-        assert [tokenizer.bos_token_id, *encode(given), *encode(learned)] == tokenizer(given + learned)[
-            "input_ids"
-        ]
+        assert [tokenizer.bos_token_id, *encode(given), *encode(learned)] == tokenizer(given + learned)["input_ids"]
 
 
 def test_packed_documents_do_not_see_each_other(model: Any) -> None:
@@ -152,7 +145,7 @@ def test_packed_documents_do_not_see_each_other(model: Any) -> None:
     with torch.no_grad():
         packed = loss_of(model, torch.tensor([first + second]), torch.tensor([[*learned[0], *learned[1]]]))
         alone = [
-            loss_of(model, torch.tensor([i]), torch.tensor([k])) for i, k in zip((first, second), learned)
+            loss_of(model, torch.tensor([i]), torch.tensor([k])) for i, k in zip((first, second), learned, strict=True)
         ]
     assert packed.item() == pytest.approx((4 * alone[0].item() + 2 * alone[1].item()) / 6, abs=1e-4)
 
