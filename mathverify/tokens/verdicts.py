@@ -56,8 +56,8 @@ def _token_after(tokenizer: Any, prompt: str, word: str) -> int:
     if after[: len(before)] != before:
         raise UserError(
             f"the prompt's tokens are not a prefix of prompt + {word!r} (they part at token "
-            f"{_parting(before, after)} of {len(before)}): turn off the tokenizer's end token (add_eos_token) or use one "
-            "that does not merge across lines"
+            f"{_parting(before, after)} of {len(before)}): turn off the tokenizer's end token (add_eos_token) or "
+            "use one that does not merge across lines"
         )
     added = after[len(before) :]
     if len(added) != 1:
