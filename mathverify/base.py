@@ -62,7 +62,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _explaining(config):
+    with _Explaining(config):
         return AutoTokenizer.from_pretrained(model_path(config), revision=config.revision, trust_remote_code=False)
 
 
@@ -145,7 +145,7 @@ def _load_model(
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    with _explaining(config):
+    with _Explaining(config):
         return AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.revision,
@@ -183,7 +183,7 @@ def _refuse_impossible(quantization: QuantizationConfig, device: str) -> None:
             )
 
 
-class _explaining:
+class _Explaining:
     """Turns what transformers and the hub raise for a missing, gated or unreadable model into one line."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from mathverify.errors import UserError
 
 
 class Dtype(Enum):
-    """Number format of the frozen base and of the passes; `auto` is bf16 or fp16 by what the GPU has, float32 on CPU."""
+    """Number format of the frozen base and of the passes; `auto`: bf16 or fp16 by what the GPU has, float32 on CPU."""
 
     auto = "auto"
     float32 = "float32"

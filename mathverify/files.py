@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from mathverify.errors import UserError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well, its file is synced and takes `path`'s place.
 
-    When the block raises, the temporary file is removed and whatever was at `path` stays.
+    A reader, or a crash at any moment, sees the old file or the new one, never a part. The temporary file lies in the
+    same folder (a rename is atomic only within a file system) and has the user's umask; the folder is synced too.
+
+    Raises:
+        UserError: the disk or the permissions refuse. The temporary file is gone, and what was at `path` stands.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 is stricter than the user's own setting
         sync(temporary)
         temporary.replace(path)
-    except BaseException:
+        sync(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(_why_not_written(path, error)) from error
         raise
-    sync(path.parent)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file whole or not at all; see `replacing`.
+
+    content: the bytes, or a function that writes them to an open binary file.
+    """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
 
 
 def sync(path: Path) -> None:
@@ -44,7 +56,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _why_not_written(path: Path, error: OSError) -> str:
+    remedy = "free space or choose another folder, then run the same command again: it continues"
+    return f"{path}: cannot write ({error.strerror or error}): {remedy}"

@@ -14,12 +14,12 @@ import platform
 import re
 import secrets
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 import mathverify
 from mathverify.config import RunConfig, to_plain
 from mathverify.errors import UserError
+from mathverify.files import write_atomic
 from mathverify.scoring import Metrics
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class RunRecord:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready, enums by value."""
-        return to_plain(self)
+        plain: dict[str, Any] = to_plain(self)
+        return plain
 
 
 def write_record(run_dir: Path, record: RunRecord) -> Path:
@@ -188,41 +190,6 @@ def _record_adapter() -> Any:
     return TypeAdapter(RunRecord)
 
 
-def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old one or the new one, never a part.
-
-    content: the bytes, or a function that writes them to an open binary file. The temporary file lies in the same
-    folder (rename is atomic only within a file system), has the user's umask, and is synced before the rename; the
-    folder is synced after it. Raises UserError when the disk or the permissions refuse; the old file then stands.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with os.fdopen(handle, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(_why_not_written(path, error)) from error
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within the folder outlast a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_json(path: Path, tree: Any) -> None:
     """Write strict JSON (no NaN), redacted, atomically. Raises ValueError on NaN or infinity."""
     text = json.dumps(redact(tree), indent=2, ensure_ascii=False, allow_nan=False)
@@ -250,11 +217,6 @@ def _finite(digits: str) -> float:
     if math.isinf(number := float(digits)):
         raise ValueError(f"{digits[:20]} is out of range")
     return number
-
-
-def _why_not_written(path: Path, error: OSError) -> str:
-    remedy = "free space or choose another folder, then run the same command again: it continues"
-    return f"{path}: cannot write ({error.strerror or error}): {remedy}"
 
 
 @dataclass

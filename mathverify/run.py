@@ -83,7 +83,7 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
     record.device = device_name(bench.model.device)
-    record.notes["data"] = bench.report.to_json()
+    record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
     records.write_record(folder, record)
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)

@@ -309,7 +309,8 @@ class _Table:
 
     @property
     def totals(self) -> Floats:
-        return self.sums.sum(axis=0)
+        totals: Floats = self.sums.sum(axis=0)
+        return totals
 
     @property
     def point(self) -> dict[str, float]:

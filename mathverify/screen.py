@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +51,8 @@ class RunScreen(Screen):
         """The data report, and what the run will need."""
         self.console.print(bench.report.render())
         base = f"{self.config.model.name} on {bench.model.device}, {self.config.quantization.kind.value} quantization"
-        self.console.print(f"base: {base}; {bench.plan}", markup=False)
-        self.console.print(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}", markup=False)
+        self._say(f"base: {base}; {bench.plan}")
+        self._say(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}")
 
     # Screen
 
@@ -72,7 +73,7 @@ class RunScreen(Screen):
             )
             self._bar.start()
         elif not self.console.is_terminal:
-            self.console.print(f"{name} ...", markup=False)
+            self._say(f"{name} ...")
 
     def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
         if self._bar is not None and self._task is not None:
@@ -80,10 +81,9 @@ class RunScreen(Screen):
         elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             left = run.seconds["train"] / report.step * (run.trial.steps - report.step)
-            self.console.print(
+            self._say(
                 f"step {report.step}/{run.trial.steps}  loss {report.loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
-                f"{left:.0f} s left",
-                markup=False,
+                f"{left:.0f} s left"
             )
 
     def validated(self, run: Run, metrics: Metrics) -> None:
@@ -91,7 +91,7 @@ class RunScreen(Screen):
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, validation=said)
         else:
-            self.console.print(f"step {run.trial.step}/{run.trial.steps}  {said}", markup=False)
+            self._say(f"step {run.trial.step}/{run.trial.steps}  {said}")
 
     def ended(self, run: Run) -> None:
         self._put_bar_away()
@@ -99,10 +99,10 @@ class RunScreen(Screen):
     # Last words
 
     def result(self, run: Run) -> float | None:
-        """Print the final table; exit 1 when the run failed. Returns validation accuracy, for sweepers."""
+        """Print the final table. Returns validation accuracy, None when the run failed."""
         if run.record.status is Status.failed:
-            self.console.print(f"failed: {run.record.reason}; what there is lies in {self.folder}", markup=False)
-            sys.exit(1)
+            self._say(f"failed: {run.record.reason}; what there is lies in {self.folder}")
+            return None
         self.console.print(final_table(run.record, self.folder, time.perf_counter() - self._started))
         return _validation_accuracy(run.record)
 
@@ -116,14 +116,28 @@ class RunScreen(Screen):
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
         continuing = " ".join([*sys.argv[1:], f"hydra.run.dir={self.folder}"])
-        self.console.print(
-            f"stopped; the state is saved. Continue with: python -m mathverify.train {continuing}", markup=False
-        )
+        self._say(f"stopped; the state is saved. Continue with: python -m mathverify.train {continuing}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(printable(line), markup=False)
 
     def _put_bar_away(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin (names, paths, reasons) with what a terminal would obey written out, e.g. ESC as \\x1b."""
+    return "".join(c if unicodedata.category(c) not in _OBEYED else _written_out(c) for c in text)
+
+
+_OBEYED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of control characters, direction overrides, surrogates and line ends."""
+
+
+def _written_out(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
@@ -133,7 +147,7 @@ def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
     test, zero = metrics.test, metrics.zero_shot
 
     def row(name: str, value: str) -> None:
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
 
     if test is not None:
         row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")

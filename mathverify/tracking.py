@@ -14,6 +14,8 @@ import netrc
 import os
 import queue
 import secrets
+import shlex
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,12 +28,13 @@ import numpy as np
 
 from mathverify.config import RunConfig, TrackingKind, TrackingMode, to_plain
 from mathverify.errors import UserError
-from mathverify.records import Predictions, Status, read_json, redact, write_atomic, write_json
+from mathverify.files import write_atomic
+from mathverify.records import Predictions, Status, read_json, redact, write_json
 
 METRICS = "metrics.jsonl"
 IDENTITY = "tracking.json"
 STEP = "train/step"
-Value = float | int | None
+Value = float | int | np.floating[Any] | np.integer[Any] | None
 
 # (name or pattern, summary): how W&B keeps a metric's best, so that its runs table ranks without clicks.
 DEFINITIONS = (
@@ -46,6 +49,7 @@ DEFINITIONS = (
     ("validation/ece", "min"),
 )
 START_SECONDS = 10.0  # for W&B to answer at all, before the run is kept offline
+RETRY_SECONDS = 120.0  # after a start that failed, before another run of this process tries online again
 FINISH_SECONDS = 60.0  # for the rest to be uploaded at the end, before it is left to `wandb sync`
 
 log = logging.getLogger(__name__)
@@ -75,7 +79,7 @@ class Tracker:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{self._path}: cannot write ({error.strerror}): free space, then run the same command again: it continues"
+                f"{self._path}: cannot write ({error.strerror}): free space and run the same command again: it goes on"
             ) from error
 
     def summarize(self, values: Mapping[str, Value | str]) -> None:
@@ -206,7 +210,7 @@ class _Mirror:
         self._actions.put(action)
 
     def close(self, status: Status) -> None:
-        """End the run with its status; waits no longer than starting (twice: online, offline) and uploading may take."""
+        """End the run with its status; waits no longer than starting (online, then offline) and uploading may take."""
         if self._thread is None:
             return
         self._actions.put(status)
@@ -231,15 +235,27 @@ class _Mirror:
     def _start(self) -> Any:
         import wandb
 
-        wandb.setup(settings=wandb.Settings(silent=True))
-        _Warnings.listen(self._run_dir)
-        with _starting:  # one at a time: after the first outage the others of a pack need not try
-            if self._online and not _Warnings.outage():
-                with _outages_become_one_warning(self._run_dir):
-                    return self._init("online")
-            run = self._init("offline")
+        quiet = wandb.Settings(silent=True)
+        wandb.setup(settings=quiet)
+        wandb.termsetup(quiet, _Warnings(self._run_dir))
+        with _starting:  # one at a time: after the first failure the others of a pack need not try
+            run = self._start_online() if self._online and not _Outage.is_recent() else None
+            run = run or self._init("offline")
         if not self._online:
             _Warnings.say_offline(self._run_dir)
+        return run
+
+    def _start_online(self) -> Any:
+        """The online run, or None when the server does not take it."""
+        run = None
+        with _outages_become_one_warning(self._run_dir):
+            run = self._init("online")
+        if run is None:
+            _Outage.began = time.monotonic()
+            # W&B's service holds on to an id whose start failed (finishing it there hangs): take another
+            for folder in self._run_dir.glob(f"wandb/run-*-{self._id}"):
+                shutil.rmtree(folder, ignore_errors=True)  # it holds no numbers
+            self._id = _run_id(self._run_dir, renew=True)
         return run
 
     def _init(self, mode: str) -> Any:
@@ -269,34 +285,37 @@ class _Mirror:
 _starting = threading.Lock()
 
 
-class _Warnings(logging.Handler):
-    """Turns W&B's complaints, from any thread of this process, into one warning a process."""
+class _Outage:
+    """When a run of this process last failed to start online. Guarded by `_starting`."""
+
+    began = -math.inf
+
+    @classmethod
+    def is_recent(cls) -> bool:
+        return time.monotonic() - cls.began < RETRY_SECONDS
+
+
+class _Warnings:
+    """Turns W&B's complaints, from any thread of this process, into one warning a process.
+
+    An instance stands in for W&B's terminal: its silent mode hands over what it would have printed.
+    """
 
     _lock = threading.Lock()
     _warned = False
     _said_offline = False
-    _listening: _Warnings | None = None
 
     def __init__(self, run_dir: Path) -> None:
-        super().__init__(logging.WARNING)
         self._run_dir = run_dir
 
-    @classmethod
-    def listen(cls, run_dir: Path) -> None:
-        """Hear what W&B would have printed; in its silent mode that goes to its logger."""
-        with cls._lock:
-            if cls._listening is None:
-                cls._listening = cls(run_dir)
-                logging.getLogger("wandb").addHandler(cls._listening)
+    def info(self, msg: str) -> None:
+        pass
 
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if "Fatal error while uploading" in text or "Timed out finishing" in text:
-            self.once(self._run_dir, text)
+    def warning(self, msg: str) -> None:
+        if "Fatal error while uploading" in msg or "Timed out finishing" in msg:
+            self.once(self._run_dir, msg)
 
-    @classmethod
-    def outage(cls) -> bool:
-        return cls._warned
+    error = warning
 
     @classmethod
     def once(cls, run_dir: Path, cause: object) -> None:
@@ -306,8 +325,10 @@ class _Warnings(logging.Handler):
             said = " ".join(str(redact(str(cause))).split())[:300]
             log.warning(
                 "W&B does not take everything (%s). Training goes on; all numbers are in %s, "
-                "and what W&B missed can be sent later: wandb sync '%s'",
-                said, run_dir / METRICS, run_dir / "wandb",
+                "and what W&B missed can be sent later: %s",
+                said,
+                run_dir / METRICS,
+                _sync_command(run_dir),
             )  # fmt: skip
 
     @classmethod
@@ -315,7 +336,11 @@ class _Warnings(logging.Handler):
         with cls._lock:
             first, cls._said_offline = not cls._said_offline, True
         if first:
-            log.info("W&B: offline, in %s; to send it later: wandb sync '%s'", run_dir / "wandb", run_dir / "wandb")
+            log.info("W&B: offline, in %s; to send it later: %s", run_dir / "wandb", _sync_command(run_dir))
+
+
+def _sync_command(run_dir: Path) -> str:
+    return f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}/*run-*"
 
 
 @contextlib.contextmanager
@@ -387,10 +412,10 @@ def _has_key() -> bool:
     return False
 
 
-def _run_id(run_dir: Path) -> str:
+def _run_id(run_dir: Path, renew: bool = False) -> str:
     """The run's W&B id: made once, kept in the run folder, so that a continued run continues there too."""
     path = run_dir / IDENTITY
-    if path.exists():
+    if path.exists() and not renew:
         kept = read_json(path)
         if isinstance(kept, dict) and isinstance(kept.get("wandb_id"), str) and kept["wandb_id"].isalnum():
             return str(kept["wandb_id"])

@@ -9,20 +9,37 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from mathverify import entry
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mathverify.config import RunConfig
+
 INTERRUPTED = 130
+FAILED = 1
 
 
-def task(composed: DictConfig) -> Any:
+def task(composed: DictConfig) -> float | None:
     """What Hydra calls for each job. Returns the validation accuracy, which sweepers maximise."""
-    config = entry.to_run_config(composed)
-    folder = entry.run_folder()
+    return train_one(entry.to_run_config(composed), entry.run_folder())
 
+
+def train_one(config: RunConfig, folder: Path, console: Console | None = None) -> float | None:
+    """Do one run in `folder`, continuing it if it was cut short, and show it.
+
+    Returns:
+        Accuracy on validation at the end.
+
+    Raises:
+        UserError: bad input of any kind.
+        SystemExit: with INTERRUPTED after a signal, with FAILED when the run failed (its loss was not finite, say).
+    """
     # From here on it is heavy: torch and transformers are not imported for --help, --cfg or bad config.
     import torch
 
@@ -35,7 +52,7 @@ def task(composed: DictConfig) -> Any:
     start = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    with heeding_signals() as stop, RunScreen(config, folder) as screen:
+    with heeding_signals() as stop, RunScreen(config, folder, console) as screen:
         with shown() as progress:
             bench = prepare(config, progress)
         screen.prepared(bench)
@@ -48,7 +65,10 @@ def task(composed: DictConfig) -> Any:
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)
-        return screen.result(run)
+        accuracy = screen.result(run)
+    if accuracy is None:
+        sys.exit(FAILED)
+    return accuracy
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class LoopbackWandb:
                     "artifact": {"id": "artifact"},
                 }
             }
-            for spec in variables.get("artifactFiles") or variables.get("storageLayout") or []
+            for spec in (variables.get("input") or {}).get("artifactFiles") or []
         ]
         return {"data": {"createArtifactFiles": {"files": {"edges": edges}}}}
 

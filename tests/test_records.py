@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import stat
 import subprocess
 import sys
 import textwrap
@@ -43,7 +42,6 @@ from mathverify.records import (
     read_predictions,
     read_record,
     redact,
-    write_atomic,
     write_json,
     write_predictions,
     write_record,
@@ -77,7 +75,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_record_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
     plain = finished_record(RunConfig()).to_plain() | {"schema_version": 99}
     (tmp_path / "result.json").write_text(json.dumps(plain))
-    with pytest.raises(UserError, match="schema 99.*update"):
+    with pytest.raises(UserError, match=r"schema 99.*update"):
         read_record(tmp_path)
 
 
@@ -116,48 +114,30 @@ WHOLE = finished_record(RunConfig()).to_plain()
 def test_a_record_with_any_field_replaced_reads_or_says_why(tmp_path: Path, key: str, value: object) -> None:
     plain = WHOLE | {key: value}
     (tmp_path / "result.json").write_text(json.dumps(plain))
+    said = ""
     try:
         assert isinstance(read_record(tmp_path), RunRecord)
     except UserError as error:
-        assert "\n" not in str(error) and "result.json" in str(error)
+        said = str(error)
+    assert "\n" not in said and (not said or "result.json" in said)
 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_read_as_json_or_say_why(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
+    said = "x.json"
     try:
         read_json(tmp_path / "x.json")
     except UserError as error:
-        assert "x.json" in str(error) and "\n" not in str(error)
+        said = str(error)
+    assert "x.json" in said and "\n" not in said
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": math.nan})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_atomic(path, b"old")
-
-    def breaks(file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left on device.*free space"):
-        write_atomic(path, breaks)
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-def test_files_have_the_users_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "x", b"1")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
 def test_a_kill_never_tears_a_file(tmp_path: Path) -> None:
@@ -245,7 +225,7 @@ def test_a_folder_tells_nothing_resumable_finished(tmp_path: Path) -> None:
 def test_another_runs_folder_is_refused_with_what_differs(tmp_path: Path) -> None:
     write_record(tmp_path, RunRecord.begin(RunConfig(lora=LoraConfig(rank=16))))
     before = (tmp_path / "result.json").read_bytes()
-    with pytest.raises(UserError, match="lora.rank is 16 there, 64 here"):
+    with pytest.raises(UserError, match=r"lora\.rank is 16 there, 64 here"):
         claim_run_folder(tmp_path, RunConfig())
     assert (tmp_path / "result.json").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
@@ -282,7 +262,8 @@ def test_provenance_names_versions_without_importing_them() -> None:
     program = (
         "import sys; from mathverify.records import provenance; p = provenance(2);"
         "assert p.packages['torch'] and p.packages['transformers'] and p.threads == 2, p;"
-        "print(sorted({'torch', 'transformers', 'wandb', 'sklearn', 'scipy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'wandb', 'sklearn', 'scipy', 'pyarrow', 'pydantic'};"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

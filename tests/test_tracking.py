@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loopback_wandb import KEY, LoopbackWandb
 
 from mathverify import tracking
 from mathverify.config import LoraConfig, RunConfig, TrackingConfig, TrackingKind, TrackingMode
 from mathverify.errors import UserError
 from mathverify.records import Predictions, Status
 from mathverify.tracking import Tracker, WandbTracker, open_tracker
+from tests.loopback_wandb import KEY, LoopbackWandb
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = RunConfig(tracking=TrackingConfig(kind=TrackingKind.none))
@@ -54,12 +54,11 @@ def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tracking._Warnings, "_warned", False)
+    monkeypatch.setattr(tracking._Outage, "began", -math.inf)
     monkeypatch.setattr(tracking._Warnings, "_said_offline", False)
     yield
     if "wandb" in sys.modules:
-        from wandb.sdk.lib import wbauth
-
-        wbauth.unauthenticate_session()  # the client keeps the first server's login for the whole process
+        sys.modules["wandb"].teardown()  # it keeps the first server and login for the whole process
 
 
 @pytest.fixture
@@ -113,7 +112,9 @@ def test_a_kill_loses_no_logged_line(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", program, str(tmp_path)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 41))
 
@@ -164,7 +165,7 @@ def test_a_key_in_netrc_counts_for_its_host_only(
 
 def test_online_without_a_key_is_refused_with_the_remedy(calm: None, tmp_path: Path) -> None:
     config = RunConfig(tracking=TrackingConfig(mode=TrackingMode.online))
-    with pytest.raises(UserError, match="WANDB_API_KEY.*wandb login.*offline"):
+    with pytest.raises(UserError, match=r"WANDB_API_KEY.*wandb login.*offline"):
         open_tracker(config, tmp_path)
 
 
@@ -301,6 +302,42 @@ def test_an_outage_costs_one_warning_and_a_bounded_wait(
     assert len(warned) == 1 and "wandb sync" in warned[0].getMessage()
     assert "wandb:" not in capfd.readouterr().err
     assert planted_in(tmp_path) == []
+
+
+def test_after_an_outage_a_later_run_goes_online_again(
+    server: LoopbackWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pack need not try one by one; a run of the same process some time later does."""
+    server.behaviour = "401"
+    for name, wait in (("first", 0.0), ("soon", 0.0), ("later", 1000.0)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(tracking._Outage, "began", tracking._Outage.began - wait)
+        asked = len(server.bodies)
+        with open_tracker(RunConfig(), tmp_path / name, start_seconds=4, finish_seconds=20) as tracker:
+            tracker.log(1, {"train/loss": 0.5})
+        assert (len(server.bodies) > asked) == (name != "soon")
+        server.behaviour = "ok"
+    assert [row["train/loss"] for row in server.rows(wandb_id(tmp_path / "later")) if "train/loss" in row] == [0.5]
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_sent_later_and_lands_in_its_group(
+    server: LoopbackWandb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    with open_tracker(RunConfig(tracking=TrackingConfig(group="study")), tmp_path, finish_seconds=20) as tracker:
+        for step in range(1, 6):
+            tracker.log(step, {"train/loss": 1 / step})
+        tracker.summarize({"test/accuracy": 0.75})
+    assert not server.bodies, "offline means offline"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    runs = [str(p) for p in (tmp_path / "wandb").glob("*run-*") if p.is_dir() and not p.is_symlink()]
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", *runs]
+    subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=tmp_path)
+    rows = [row for row in server.rows(wandb_id(tmp_path)) if "train/loss" in row]
+    assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 6)]
+    assert {u.get("groupName") for u in server.upserts if u.get("groupName")} == {"study"}
+    assert server.summary[wandb_id(tmp_path)]["test/accuracy"] == 0.75
 
 
 def test_a_failing_action_does_not_reach_training(

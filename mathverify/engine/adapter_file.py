@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mathverify.config import LoraConfig
 from mathverify.engine.lora import Adapter, targets
+from mathverify.engine.tensor_file import save_tensors
 from mathverify.errors import UserError
-from mathverify.files import replacing, write_atomic
+from mathverify.files import write_atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -28,10 +29,9 @@ def save_adapter(adapter: Adapter, folder: Path, base_path: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, (a, b) in adapter.pairs.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().clone()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().clone()
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, json.dumps(_peft_config(adapter.lora, base_path), indent=2).encode())
 
 

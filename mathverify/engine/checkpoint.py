@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from mathverify.engine.tensor_file import save_tensors
 from mathverify.engine.trial import Trial, TrialState
 from mathverify.errors import UserError
-from mathverify.files import replacing
 
 KEPT = 2
 
@@ -41,10 +40,7 @@ def save_checkpoint(trial: Trial, folder: Path, identity: str, costs: dict[str, 
         "costs": costs,
     }
     file = folder / f"step-{trial.step:06d}.safetensors"
-    with replacing(file) as temporary:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)}
-        )
+    save_tensors(file, tensors, {"state": json.dumps(state)})
     for old in _files(folder)[KEPT:]:
         old.unlink(missing_ok=True)
     return file

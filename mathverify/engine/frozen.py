@@ -26,11 +26,19 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = module.in_features, module.out_features
         self.original = module
         self.dense_weight = _dense_weight(module)
+        self.kept: Tensor | None = None
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Hold a dense copy of a quantised weight from now on: the same numbers, no work per pass, more memory."""
+        if self.dense_weight is not None:
+            self.kept = self.dense_weight(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.original.bias
         if self.dense_weight is None:
             return linear(x, self.original.weight, bias)
+        if self.kept is not None:
+            return linear(x, self.kept, bias)
         y: Tensor = _QuantizedMatmul.apply(x, self.dense_weight)
         return y if bias is None else y + bias.to(y.dtype)
 

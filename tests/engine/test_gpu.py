@@ -1,0 +1,132 @@
+"""The same properties on a CUDA device: the CPU's results are the reference. Skipped where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mathverify.base import Base, load_base
+from mathverify.config import LossKind, ModelConfig, OptimizerKind, QuantizationConfig, QuantizationKind, RunConfig
+from mathverify.engine.evaluate import score
+from mathverify.engine.model import PackedModel
+from mathverify.engine.pack import Pack
+from mathverify.engine.passes import TokenBudget
+from mathverify.engine.trial import Trial, TrialState
+
+from .conftest import VERDICTS, Rows, llama, random_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+Config = Callable[..., RunConfig]
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16) -> PackedModel:
+    return PackedModel(Base(llama(dtype).cuda(), torch.device("cuda:0"), dtype, "random"))
+
+
+def train(model: PackedModel, rows: Rows, configs: list[RunConfig], budget: int = 10**6) -> list[Trial]:
+    pack = Pack(model, TokenBudget(budget))
+    trials = [Trial.start(config, rows, VERDICTS, model) for config in configs]  # type: ignore[arg-type]
+    for trial in trials:
+        pack.add(trial)
+    while pack.running:
+        pack.step()
+    return trials
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a.double().cpu(), b.double().cpu(), dim=0))
+
+
+def gradient(model: PackedModel, rows: Rows, config: RunConfig, budget: int = 10**6) -> torch.Tensor:
+    trial = Trial.start(config, rows, VERDICTS, model)  # type: ignore[arg-type]
+    trial.adapter.flat.data.copy_(
+        torch.randn(trial.adapter.flat.shape, generator=torch.Generator().manual_seed(1)) / 20
+    )
+    pack = Pack(model, TokenBudget(budget))
+    pack._passes([trial], trial.segments(0))
+    return trial.adapter.grad.clone() / trial.loss_scale
+
+
+@pytest.mark.parametrize("loss", list(LossKind))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_float32_gradients_equal_the_cpus(rows: Rows, config: Config, loss: LossKind, dropout: float) -> None:
+    cpu = PackedModel(Base(llama(), torch.device("cpu"), torch.float32, "random"))
+    settings = config(loss=loss, dropout=dropout)
+    assert cosine(gradient(on_gpu(torch.float32), rows, settings), gradient(cpu, rows, settings)) > 0.99999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [10**6, 60])
+def test_half_precision_gradients_follow_float32(rows: Rows, config: Config, dtype: torch.dtype, budget: int) -> None:
+    """Through torch's variable-length attention, which float32 does not use."""
+    reference = gradient(on_gpu(torch.float32), rows, config())
+    assert cosine(gradient(on_gpu(dtype), rows, config(), budget), reference) > 0.999
+
+
+def test_scores_do_not_depend_on_the_cutting(rows: Rows) -> None:
+    model = on_gpu()
+    whole = score(model, [None], rows, VERDICTS, TokenBudget(10**6))  # type: ignore[arg-type]
+    singly = score(model, [None], rows, VERDICTS, TokenBudget(1))  # type: ignore[arg-type]
+    reference = score(on_gpu(torch.float32), [None], rows, VERDICTS, TokenBudget(10**6))  # type: ignore[arg-type]
+    rounding = np.abs(whole - reference).max()
+    assert np.abs(whole - singly).max() <= rounding
+
+
+@pytest.mark.parametrize("kind", list(QuantizationKind))
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+def test_every_quantization_and_optimizer_trains(
+    kind: QuantizationKind, optimizer: OptimizerKind, rows: Rows, config: Config, tmp_path: Path, fresh_bases: None
+) -> None:
+    llama().save_pretrained(tmp_path)
+    settings = config(max_steps=40, rank=16)
+    settings.device, settings.model = "cuda:0", ModelConfig(name="hf", path=str(tmp_path))
+    settings.quantization, settings.optimizer.kind = QuantizationConfig(kind=kind), optimizer
+    model = PackedModel(load_base(settings))
+    trial = Trial.start(settings, rows, VERDICTS, model)  # type: ignore[arg-type]
+    pack = Pack(model, TokenBudget(10**6))
+    pack.add(trial)
+    losses = [report.loss for _ in range(40) for _, report in pack.step()]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_a_trial_in_a_bf16_pack_ends_near_where_it_ends_alone(rows: Rows, config: Config) -> None:
+    """bf16 products of other shapes round differently; after 20 steps adapters still point the same way."""
+    model = on_gpu()
+    configs = [
+        config(seed=1, rank=4, dropout=0.1, max_steps=20, learning_rate=1e-3),
+        config(seed=2, rank=16, batch_size=1, max_steps=20, learning_rate=1e-3),
+        config(seed=3, rank=8, target_modules=["q_proj"], max_steps=10, learning_rate=1e-3),
+    ]
+    together = [trial.adapter.flat.clone() for trial in train(model, rows, configs)]
+    for settings, packed in zip(configs, together, strict=True):
+        (alone,) = train(model, rows, [settings])
+        assert alone.state is TrialState.finished
+        assert cosine(packed, alone.adapter.flat) > 0.999
+
+
+def test_a_real_out_of_memory_halves_the_budget_and_changes_nothing_else(config: Config) -> None:
+    model = on_gpu(torch.float32)
+    rows = random_rows(64, low=100, high=120)
+    settings = config(batch_size=16, grad_accumulation=4, max_steps=2)
+    (calm,) = train(model, rows, [settings])
+    peak = torch.cuda.max_memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(peak * 0.6 / total)
+    try:
+        pack = Pack(model, TokenBudget(10**6))
+        pressed = Trial.start(settings, rows, VERDICTS, model)  # type: ignore[arg-type]
+        pack.add(pressed)
+        while pack.running:
+            pack.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert pack.budget.tokens < 64 * 120
+    assert cosine(pressed.adapter.flat, calm.adapter.flat) > 0.99999
