@@ -79,7 +79,6 @@ class Preflight(Callback):
         except UserError as error:
             sys.exit(report(error))
 
-
     def _claim(self, folder: Path, config: RunConfig) -> None:
         if folder.exists():
             from mathverify.records import claim_run_folder

@@ -65,9 +65,16 @@ def broken(folder: Path, how: str) -> None:
             weights.write_bytes(weights.read_bytes()[:5000])
         case "not a language model":
             config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit", "architectures": ["ViTModel"]}))
+            (folder / "config.json").write_text(
+                json.dumps(config | {"model_type": "vit", "architectures": ["ViTModel"]})
+            )
         case "config is not JSON":
             (folder / "config.json").write_text("{")
+
+
+def load_both(config: RunConfig) -> None:
+    load_tokenizer(config.model)
+    load_base(config)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +91,7 @@ def broken(folder: Path, how: str) -> None:
 def test_what_is_wrong_with_a_folder_is_one_line_that_names_it(folder: Path, how: str, remedy: str) -> None:
     broken(folder, how)
     with pytest.raises(UserError, match=remedy) as caught:
-        load_tokenizer(local(folder).model)
-        load_base(local(folder))
+        load_both(local(folder))
     assert "Modell für Müller 1" in str(caught.value)
     assert "\n" not in str(caught.value)
 

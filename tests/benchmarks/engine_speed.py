@@ -39,7 +39,9 @@ class Workload:
 
     def __init__(self, rows: int, vocabulary: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        lengths = torch.exp(torch.randn(rows, generator=generator) * 0.45 + math.log(320)).round().long().clamp(64, 2048)
+        lengths = (
+            torch.exp(torch.randn(rows, generator=generator) * 0.45 + math.log(320)).round().long().clamp(64, 2048)
+        )
         self.rows = [torch.randint(10, vocabulary, (int(n),), generator=generator).int().numpy() for n in lengths]
         self.lengths = np.array([len(row) for row in self.rows], dtype=np.int32)
         self.labels = np.arange(rows) % 2 == 0
@@ -55,7 +57,7 @@ def llama(tiny: bool, device: str, nf4: bool) -> Any:
     """A random Llama of the 8B's shape (or a small one), its decoder linears in NF4 with double quantization if asked."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = (
+    shape: dict[str, Any] = (
         {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
         if tiny
@@ -69,14 +71,14 @@ def llama(tiny: bool, device: str, nf4: bool) -> Any:
     torch.set_default_dtype(torch.float32)
     model.requires_grad_(False).eval()
     if nf4:
-        import bitsandbytes as bnb
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
         for name, linear in list(model.model.named_modules()):
             if isinstance(linear, torch.nn.Linear):
-                small = bnb.nn.Linear4bit(
+                small = Linear4bit(
                     linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
-                small.weight = bnb.nn.Params4bit(
+                small.weight = Params4bit(
                     linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
                 )
                 parent, _, attribute = name.rpartition(".")
@@ -84,7 +86,9 @@ def llama(tiny: bool, device: str, nf4: bool) -> Any:
     return model
 
 
-def config(batch: int, accumulation: int, rank: int = 64, seed: int = 0, memory: MemoryMode = MemoryMode.auto) -> RunConfig:
+def config(
+    batch: int, accumulation: int, rank: int = 64, seed: int = 0, memory: MemoryMode = MemoryMode.auto
+) -> RunConfig:
     return RunConfig(
         lora=LoraConfig(rank=rank, alpha=64),
         optimizer=OptimizerConfig(kind=OptimizerKind.adamw_8bit, learning_rate=2e-4),
@@ -93,7 +97,9 @@ def config(batch: int, accumulation: int, rank: int = 64, seed: int = 0, memory:
     )
 
 
-def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps: int, warm: int = 3) -> dict[str, float]:
+def measure(
+    model: PackedModel, configs: list[RunConfig], rows: Workload, steps: int, warm: int = 3
+) -> dict[str, float]:
     """Seconds a round and real tokens a second of a pack of these configs, and the peak memory of training it."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -153,13 +159,13 @@ def main() -> None:
             results[name] = {}
             print(f"{name}: failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
         print(f"{name:44s}", {key: round(value, 3) for key, value in results[name].items()}, flush=True)
-        (options.out / "engine_speed.json").write_text(json.dumps({"device": name_of_device(), "rows": results}, indent=1))
+        (options.out / "engine_speed.json").write_text(
+            json.dumps({"device": name_of_device(), "rows": results}, indent=1)
+        )
 
     note("ceiling", ceiling)
     start = time.perf_counter()
-    model = PackedModel(
-        Base(llama(options.tiny, "cuda", nf4=True), torch.device("cuda:0"), torch.bfloat16, "random")
-    )
+    model = PackedModel(Base(llama(options.tiny, "cuda", nf4=True), torch.device("cuda:0"), torch.bfloat16, "random"))
     print(f"model ready in {time.perf_counter() - start:.1f} s", flush=True)
     rows = Workload(2000, 512 if options.tiny else 128256)
     one = [config(4, 4)]

@@ -1,6 +1,5 @@
 """Reading files: every format gives the same rows, and every fault is one line that says what, where and the remedy."""
 
-# ruff: noqa: E501  (the table of bad files has one line each)
 from __future__ import annotations
 
 import gzip

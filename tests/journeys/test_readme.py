@@ -51,7 +51,9 @@ def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
 def made_small(command: str, place: Path) -> str:
     """The command with small sizes for every setting that it does not choose itself."""
     chosen = {word.partition("=")[0] for word in shlex.split(command)}
-    extra = [s for s in SMALL if s.partition("=")[0] not in chosen and not (s == "model=tiny" and "model.path" in chosen)]
+    extra = [
+        s for s in SMALL if s.partition("=")[0] not in chosen and not (s == "model=tiny" and "model.path" in chosen)
+    ]
     if "data" in chosen:
         extra = [s for s in extra if s != "data=arithmetic"]
     return " ".join([command, *extra, f"data.cache_dir='{place}/cache'"])
