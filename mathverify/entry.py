@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +25,9 @@ from mathverify.errors import UserError
 
 BAD_INPUT = 2
 """Exit code for bad input of any kind."""
+
+_wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+"""As the user set it; `main` sets the variable for Hydra's sake."""
 
 
 def config_dir() -> str:
@@ -95,6 +100,34 @@ def refuse_contradictions(overrides: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Turn a UserError inside a job into its one line and exit code, and take back a folder that nothing was done in.
+
+    Raised further as it is when HYDRA_FULL_ERROR=1 was asked for.
+    """
+    try:
+        yield
+    except UserError as error:
+        if _wants_traceback:
+            raise
+        _take_back(folder)
+        sys.exit(report(error))
+
+
+def _take_back(folder: Path) -> None:
+    """Remove a run folder that holds nothing but what Hydra puts there, and parents that are empty then."""
+    if any(not (item.name == ".hydra" or item.suffix == ".log") for item in folder.iterdir()):
+        return
+    shutil.rmtree(folder)
+    for parent in (
+        folder.absolute().relative_to(Path.cwd()).parents if folder.absolute().is_relative_to(Path.cwd()) else ()
+    ):
+        if parent == Path() or any(parent.iterdir()):
+            return
+        parent.rmdir()
+
+
 def run_folder() -> Path:
     """The folder Hydra made for this job."""
     return Path(HydraConfig.get().runtime.output_dir)
@@ -113,13 +146,12 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         return
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     # Hydra prints and exits by itself on errors unless this is set; here the errors are wanted as exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
+        if _wants_traceback:
             raise
         sys.exit(report(error))
     except KeyboardInterrupt:

@@ -102,9 +102,19 @@ def command(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     "overrides",
-    [["lora.rank=0"], ["lora.rnk=3"], ["lora=r99"], ["train.max_steps=3", "train.max_examples=9"], ["+extra=1"]],
+    [
+        ["lora.rank=0"],
+        ["lora.rnk=3"],
+        ["lora=r99"],
+        ["train.max_steps=3", "train.max_examples=9"],
+        ["+extra=1"],
+        ["data=table", "data.train=nowhere.parquet"],
+        ["model=hf", "model.path=./nowhere"],
+        ["lora.target_modules=[nosuch]"],
+        ["device=cuda:7"],
+    ],
 )
-def test_bad_config_exits_2_without_traceback_or_folder(overrides: list[str], tmp_path: Path) -> None:
+def test_bad_input_exits_2_without_traceback_or_folder(overrides: list[str], tmp_path: Path) -> None:
     done = command(*overrides, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -37,7 +37,7 @@ def place(tmp_path: Path) -> Path:
     from mathverify.examples.arithmetic import generate
 
     shutil.copytree(tiny.path(), tmp_path / "my-model")
-    rows: pa.Table = generate(96, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
+    rows: pa.Table = generate(900, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
     pq.write_table(rows, tmp_path / "train.parquet")
     return tmp_path
 
@@ -54,6 +54,8 @@ def made_small(command: str, place: Path) -> str:
     extra = [
         s for s in SMALL if s.partition("=")[0] not in chosen and not (s == "model=tiny" and "model.path" in chosen)
     ]
+    if "train.max_examples" in chosen:
+        extra = [s for s in extra if not s.startswith("train.max_")]
     if "data" in chosen:
         extra = [s for s in extra if s != "data=arithmetic"]
     return " ".join([command, *extra, f"data.cache_dir='{place}/cache'"])
