@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +145,10 @@ def _load_model(
     config: ModelConfig, quantization: QuantizationConfig, device: str, dtype: torch.dtype
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if config.path is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # a bar is for a load that takes a while, and for a terminal
     with _Explaining(config):
         return AutoModelForCausalLM.from_pretrained(
             model_path(config),
@@ -200,7 +204,8 @@ class _Explaining:
     def _explain(self, error: Exception) -> str:
         text = " ".join(f"{type(link).__name__}: {link}" for link in _chain(error))
         local = Path(model_path(self.config))
-        if "GatedRepo" in text or "gated repo" in text or " 401 " in text or " 403 " in text:
+        unknown = "RepositoryNotFound" in text or " 404 " in text
+        if "GatedRepo" in text or (not unknown and (" 401 " in text or " 403 " in text)):
             return (
                 "this model is gated: run `hf auth login`, accept the licence on the model's page, "
                 "or give a local copy with model.path=FOLDER"
@@ -209,7 +214,7 @@ class _Explaining:
             return self._explain_folder(local, text, error)
         if local.is_absolute() or self.config.path in (None, "") or str(self.config.path).startswith("."):
             return "no such folder: give a folder with config.json, *.safetensors and the tokenizer's files"
-        if "RepositoryNotFound" in text or " 404 " in text:
+        if unknown:
             return "the hub has no model of this name, or it is private: check the name, or run `hf auth login`"
         if _is_offline(text):
             return (

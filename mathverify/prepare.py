@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
 from mathverify.config import RunConfig
 from mathverify.engine.budget import plan_budget
+from mathverify.engine.kernels import use_liger
 from mathverify.engine.model import PackedModel, adopt
 from mathverify.engine.passes import TokenBudget
 from mathverify.examples.report import DataReport, data_report, lengths
@@ -61,6 +62,7 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
     tokens = {name: lengths(store.lengths, store.cut) for name, store in stores.items()}
     report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, tokens)
     model = adopt(load_base(config))
+    use_liger(model)
     plan = plan_budget(model, config, max(int(store.lengths.max()) for store in stores.values()))
     return Workbench(
         model=model,

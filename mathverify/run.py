@@ -85,8 +85,8 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     record.device = device_name(bench.model.device)
     record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
-    records.write_record(folder, record)
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
+    records.write_record(folder, record)
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
     costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)

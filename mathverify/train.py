@@ -28,7 +28,9 @@ FAILED = 1
 
 def task(composed: DictConfig) -> float | None:
     """What Hydra calls for each job. Returns the validation accuracy, which sweepers maximise."""
-    return train_one(entry.to_run_config(composed), entry.run_folder())
+    folder = entry.run_folder()
+    with entry.refusing(folder):
+        return train_one(entry.to_run_config(composed), folder)
 
 
 def train_one(config: RunConfig, folder: Path, console: Console | None = None) -> float | None:

@@ -102,9 +102,19 @@ def command(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     "overrides",
-    [["lora.rank=0"], ["lora.rnk=3"], ["lora=r99"], ["train.max_steps=3", "train.max_examples=9"], ["+extra=1"]],
+    [
+        ["lora.rank=0"],
+        ["lora.rnk=3"],
+        ["lora=r99"],
+        ["train.max_steps=3", "train.max_examples=9"],
+        ["+extra=1"],
+        ["data=table", "data.train=nowhere.parquet"],
+        ["model=hf", "model.path=./nowhere"],
+        ["lora.target_modules=[nosuch]"],
+        ["device=cuda:7"],
+    ],
 )
-def test_bad_config_exits_2_without_traceback_or_folder(overrides: list[str], tmp_path: Path) -> None:
+def test_bad_input_exits_2_without_traceback_or_folder(overrides: list[str], tmp_path: Path) -> None:
     done = command(*overrides, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -137,3 +147,16 @@ def test_help_and_config_need_no_torch(flag: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rank: 64" in done.stdout
     assert list(work.iterdir()) == []
+
+
+def test_a_folder_that_holds_another_run_keeps_its_hydra_files(tmp_path: Path) -> None:
+    from mathverify.records import RunRecord, write_record
+
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text("theirs")
+    write_record(folder, RunRecord.begin(compose(["lora=r4"])))
+    done = command("lora=r64", f"hydra.run.dir={folder}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "already holds another run" in done.stderr
+    assert (folder / ".hydra" / "config.yaml").read_text() == "theirs"

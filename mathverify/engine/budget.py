@@ -13,6 +13,9 @@ from mathverify.engine.model import PackedModel
 CPU_TOKENS = 4096
 """On a CPU memory is rarely what limits a pass: this many tokens keep the cores busy without leaving the cache."""
 
+MOST, MOST_LEAN = 65536, 8192
+"""Tokens of the largest pass that is planned on a GPU: beyond these a pass gains no speed, and lean wants it small."""
+
 RESERVE = 0.92
 """Share of the free memory that is planned for; the rest is for the allocator's rounding."""
 
@@ -30,6 +33,8 @@ def plan_budget(model: PackedModel, config: RunConfig, longest: int) -> BudgetPl
 
     Args:
         longest: tokens of the longest segment; a pass is never planned smaller.
+
+    On a GPU with room for a whole step of longest segments besides, dense copies of the quantised weights are kept.
     """
     model.recompute_activations(config.train.memory is MemoryMode.lean)
     step = config.train.examples_per_step * longest
@@ -41,10 +46,14 @@ def plan_budget(model: PackedModel, config: RunConfig, longest: int) -> BudgetPl
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     fixed = adapter_bytes(model, config)
     per_token = activation_bytes(model, config)
+    dense, kept = model.dense_bytes(), ""
+    if dense and config.train.memory is MemoryMode.auto and free * RESERVE - fixed - dense > step * per_token:
+        model.keep_dense()
+        fixed, kept = fixed + dense, ", dequantised weights kept"
     fits = int((free * RESERVE - fixed) / per_token)
-    tokens = max(longest, min(fits, step, 8192 if config.train.memory is MemoryMode.lean else 65536))
+    tokens = max(longest, min(fits, step, MOST_LEAN if config.train.memory is MemoryMode.lean else MOST))
     needs = (total - free + fixed + min(tokens, step) * per_token) / 2**30
-    return BudgetPlan(tokens, f"needs {needs:.1f} of {total / 2**30:.0f} GiB: {tokens:,} tokens a pass")
+    return BudgetPlan(tokens, f"needs {needs:.1f} of {total / 2**30:.0f} GiB: {tokens:,} tokens a pass{kept}")
 
 
 def adapter_bytes(model: PackedModel, config: RunConfig) -> int:

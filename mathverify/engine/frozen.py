@@ -28,9 +28,13 @@ class FrozenLinear(nn.Module):
         self.dense_weight = _dense_weight(module)
         self.kept: Tensor | None = None
 
+    @property
+    def is_quantized(self) -> bool:
+        return self.dense_weight is not None
+
     def keep_dense(self, dtype: torch.dtype) -> None:
         """Hold a dense copy of a quantised weight from now on: the same numbers, no work per pass, more memory."""
-        if self.dense_weight is not None:
+        if self.dense_weight is not None and self.kept is None:
             self.kept = self.dense_weight(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,5 +23,8 @@ def use_liger(model: PackedModel) -> bool:
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
     if apply is None:
         return False
+    if getattr(base, "uses_liger", False):
+        return True
+    base.uses_liger = True
     apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=base)
     return True

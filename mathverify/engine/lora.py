@@ -99,11 +99,14 @@ class PackLinear(nn.Module):
         if active is None or all(a is None or self.name not in a.pairs for a in active.adapters):
             return y
         rows_in, rows_out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        pieces = [self._span(rows_in, rows_out, span, active) for span in active.spans(len(rows_in))]
+        spans = active.spans(len(rows_in))
+        # Split, not sliced: the gradient of a slice is a zero tensor of the whole pass, one for each span.
+        sizes = [span.end - span.start for span in spans]
+        parts = zip(rows_in.split(sizes), rows_out.split(sizes), spans, strict=True)
+        pieces = [self._span(x_part, y_part, span, active) for x_part, y_part, span in parts]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(y.shape)
 
     def _span(self, x: Tensor, y: Tensor, span: Span, active: Active) -> Tensor:
-        x, y = x[span.start : span.end], y[span.start : span.end]
         adapter = None if span.slot is None else active.adapters[span.slot]
         if adapter is None or self.name not in adapter.pairs:
             return y

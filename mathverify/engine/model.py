@@ -85,6 +85,17 @@ class PackedModel:
         logits = self._finish(self.head(hidden).float())
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
+    def dense_bytes(self) -> int:
+        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already."""
+        width = self.base.dtype.itemsize
+        linears = [packed.frozen for packed in self.host.linears.values()]
+        return sum(f.in_features * f.out_features * width for f in linears if f.is_quantized and f.kept is None)
+
+    def keep_dense(self) -> None:
+        """Hold dense copies of all quantised linears: the same numbers without dequantising in every pass."""
+        for packed in self.host.linears.values():
+            packed.frozen.keep_dense(self.base.dtype)
+
     def recompute_activations(self, wanted: bool) -> None:
         """Activation checkpointing of every decoder layer, or none."""
         layers: Sequence[Any] = getattr(self.decoder, "layers", [])

@@ -90,3 +90,13 @@ def test_a_base_is_loaded_once(checkpoint: Path, config: Config, fresh_bases: No
     settings = config()
     settings.model = ModelConfig(name="hf", path=str(checkpoint))
     assert load_base(settings) is load_base(settings)
+
+
+def test_keeping_dense_weights_changes_no_bit(checkpoint: Path, rows: Rows, config: Config, fresh_bases: None) -> None:
+    model = quantized_model(QuantizationKind.nf4, checkpoint, config())
+    before, scores = gradient(model, rows, config()), score(model, [None], rows, VERDICTS, TokenBudget(10**6))  # type: ignore[arg-type]
+    assert model.dense_bytes() == sum(4 * inputs * outputs for inputs, outputs in model.host.shapes.values())
+    model.keep_dense()
+    assert model.dense_bytes() == 0
+    assert torch.equal(gradient(model, rows, config()), before)
+    assert (score(model, [None], rows, VERDICTS, TokenBudget(10**6)) == scores).all()  # type: ignore[arg-type]

@@ -172,8 +172,17 @@ def test_real_rows_run_the_whole_job(tmp_path: Path) -> None:
     files = [f"data.{split}='{REAL / split}.parquet'" for split in ("train", "validation", "test")]
     limits = ["data.train_rows=200", "data.validation_rows=60", "data.test_rows=60", "data.slice_column=generator"]
     config = compose(
-        ["data=table", *files, *limits, f"data.cache_dir='{tmp_path}'", "tracking=none", "train.max_steps=2"]
-        + ["optimizer.warmup_steps=1", "prompt=with_solution", "prompt.max_length=700"]
+        [
+            "data=table",
+            *files,
+            *limits,
+            f"data.cache_dir='{tmp_path}'",
+            "tracking=none",
+            "train.max_steps=2",
+            "optimizer.warmup_steps=1",
+            "prompt=with_solution",
+            "prompt.max_length=700",
+        ]
     )
     train_one(config, tmp_path / "run")
     record = read_record(tmp_path / "run")

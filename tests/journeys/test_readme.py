@@ -1,0 +1,93 @@
+"""Every command of the README is run: as written, with overrides that make it small added where the command is a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from .conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+RUNS = [c for c in COMMANDS if c.startswith("python -m mathverify.train")]
+MAKE = [c for c in COMMANDS if c.startswith("make ")]
+MODULES = [c for c in COMMANDS if c.startswith("python -m mathverify.") and c not in RUNS]
+ELSEWHERE = [c for c in COMMANDS if c not in RUNS + MAKE + MODULES]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with what the README's commands refer to: my-model, train.parquet, my-rows.csv, runs."""
+    from mathverify import tiny
+    from mathverify.examples.arithmetic import generate
+
+    shutil.copytree(tiny.path(), tmp_path / "my-model")
+    rows: pa.Table = generate(900, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
+    pq.write_table(rows, tmp_path / "train.parquet")
+    return tmp_path
+
+
+def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    words = [sys.executable, *shlex.split(command)[1:]]
+    return subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def made_small(command: str, place: Path) -> str:
+    """The command with small sizes for every setting that it does not choose itself."""
+    chosen = {word.partition("=")[0] for word in shlex.split(command)}
+    extra = [
+        s for s in SMALL if s.partition("=")[0] not in chosen and not (s == "model=tiny" and "model.path" in chosen)
+    ]
+    if "train.max_examples" in chosen:
+        extra = [s for s in extra if not s.startswith("train.max_")]
+    if "data" in chosen:
+        extra = [s for s in extra if s != "data=arithmetic"]
+    return " ".join([command, *extra, f"data.cache_dir='{place}/cache'"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNS)
+def test_every_run_of_the_readme_runs(command: str, place: Path) -> None:
+    as_is = any(flag in command for flag in ("--help", "--cfg"))
+    done = run(command if as_is else made_small(command, place), place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if not as_is:
+        assert list(place.rglob("result.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", MODULES)
+def test_every_other_command_of_the_package_runs(command: str, place: Path) -> None:
+    done = run(command, place)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_every_make_target_of_the_readme_exists(command: str) -> None:
+    """`make run` and `make test` themselves are what continuous integration does; here only their names are checked."""
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_is_nothing_else() -> None:
+    """Commands of other programs are few and named here, so that an untested one cannot slip in."""
+    allowed = ("hf auth login", "wandb sync", "wandb leet", "pip install", "wandb login", "git clone", "cd ")
+    assert RUNS
+    assert MAKE
+    assert [c for c in ELSEWHERE if not c.startswith(allowed)] == []
