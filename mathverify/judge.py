@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 Judge = Callable[[int, Mapping[str, float]], str | None]
 """(step, metrics such as {'validation/accuracy': 0.7}) -> reason to stop (prune) the run there, or None to go on."""
@@ -31,6 +32,6 @@ def judge(step: int, metrics: Mapping[str, float]) -> str | None:
     return None if asked is None else asked(step, metrics)
 
 
-def in_study() -> bool:
-    """Whether this task is a study's trial, which has a screen of its own."""
-    return _current.get() is not None
+def judge_run(run: Any, found: Any) -> str | None:
+    """`judge` as run.PackRunner asks: a run.Run and the scoring.Metrics of its latest validation."""
+    return judge(run.trial.step, found.flat("validation"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from mathverify import entry
-from mathverify.judge import judge
+from mathverify.judge import judge_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,7 @@ def train_one(config: RunConfig, folder: Path, console: Console | None = None) -
             return screen.finished_before(read_record(folder))
         run.spend("prepare", time.perf_counter() - start)
         try:
-            PackRunner(bench, screen, stop, lambda run, found: judge(run.trial.step, found.flat("validation"))).run([run])
+            PackRunner(bench, screen, stop, judge_run).run([run])
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)

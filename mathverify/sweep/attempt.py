@@ -65,7 +65,7 @@ class Attempt:
     pruned: str | None = None
 
     @classmethod
-    def of(cls, hydra: DictConfig) -> Attempt | None:
+    def of(cls, hydra: Any) -> Attempt | None:
         """The try that a job's config (its `hydra` part) belongs to; None for a job that is no trial."""
         mark = hydra.job.env_set.get(TRIAL_VARIABLE)
         if mark is None:
@@ -126,7 +126,7 @@ def release(session: Session, trial: FrozenTrial, token: str) -> None:
         session.mark(trial, owner=None, attempt={"token": None, "count": attempt["count"] - 1})
 
 
-def _reopen(hydra: DictConfig, folder: Path) -> Session:
+def _reopen(hydra: Any, folder: Path) -> Session:
     keys = {key: value for key, value in hydra.sweeper.items() if not key.startswith("_")}
     if os.environ.get(STORAGE_VARIABLE):
         keys["storage"] = os.environ[STORAGE_VARIABLE]

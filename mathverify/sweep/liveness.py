@@ -1,4 +1,4 @@
-"""Who works on a trial, and whether that process still lives. Optuna's own heartbeat needs study.optimize; ours does not."""
+"""Who works on a trial, and whether that process lives. Optuna's own heartbeat needs study.optimize; ours does not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEAT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Worker:
-    """A process: machine (boot and process namespace), process id, and its start in clock ticks, since ids are reused."""
+    """A process: machine (boot and process namespace), id, and its start in clock ticks, since ids are reused."""
 
     machine: str
     pid: int
@@ -55,7 +55,7 @@ class Worker:
 def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux: no way to tell two machines apart for sure, so nobody is ever `here`
         return f"{socket.gethostname()}/{os.getpid()}/{time.time_ns()}"
 

@@ -148,7 +148,7 @@ PRUNERS: dict[str, dict[str, Any] | None] = {
 """Group hydra/sweeper/pruner."""
 
 
-class OptunaSweeper(Sweeper):  # type: ignore[misc]
+class OptunaSweeper(Sweeper):
     """Hydra's door to a study; the work is in sweeper.py."""
 
     def __init__(self, **keys: Any) -> None:
@@ -165,6 +165,9 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
             SystemExit: not everything went well; the code tells what (sweeper.py).
         """
         from mathverify.sweep.sweeper import sweep
+
+        assert self.hydra_context is not None
+        assert self.config is not None
 
         return sweep(self.keys, self.hydra_context, self.task_function, self.config, arguments)
 

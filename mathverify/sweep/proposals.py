@@ -1,4 +1,4 @@
-"""What to run next, and telling what came of it: the one place where trials change hands. Always under the study's lock.
+"""What to run next, and telling what came of it: where trials change hands, always under the study's lock.
 
 A trial is, in this order: told if its outcome is there, taken over if its worker is dead, waited for if its worker
 lives; only then a new one is proposed, as long as the budget and the space have one.
@@ -183,8 +183,8 @@ class Proposer:
         session = self.session
         for dimension in session.space.dimensions.values():
             suggest(trial, dimension)
-        if session.settings.custom_search_space is not None:
-            self._extend(trial)
+        if (custom := session.settings.custom_search_space) is not None:
+            self._extend(trial, custom)
         frozen = session.trial(trial.number)
         try:
             overrides = self.composer.overrides(trial.params)
@@ -197,13 +197,13 @@ class Proposer:
             return None
         return self._job(frozen, {"overrides": overrides, "config": config}, 1)
 
-    def _extend(self, trial: optuna.Trial) -> None:
+    def _extend(self, trial: optuna.Trial, custom: str) -> None:
         """The user's function may suggest more, also depending on what was drawn; it sees fixed settings as marks."""
         for override in self.session.space.fixed:
             key, _, value = override.partition("=")
             if not key.startswith("~"):
                 trial.set_user_attr(key, value)
-        get_method(self.session.settings.custom_search_space)(self.config, trial)
+        get_method(custom)(self.config, trial)
 
     def _job(self, trial: FrozenTrial, job: dict[str, Any], count: int) -> Job:
         token = secrets.token_hex(4)
@@ -255,12 +255,17 @@ class Proposer:
         counted = sum(counts(trial) and trial.state is not TrialState.WAITING for trial in trials)
         if counted >= settings.n_trials:
             self.why = f"the budget of {settings.n_trials} trials is used"
-        elif self._asks_again and space.size is not None and not settings.custom_search_space:
-            if len({_key(t.params) for t in trials if len(t.params) >= len(space.dimensions)}) >= space.size:
-                self.why = f"all {space.size} points of the space are done"
+        elif self._asks_again and self._has_all_points(trials):
+            self.why = f"all {space.size} points of the space are done"
         if repeats >= MOST_REPEATS:
             self.why = f"{repeats} proposals in a row were points that were run before: the space seems finished"
         return bool(self.why)
+
+    def _has_all_points(self, trials: list[FrozenTrial]) -> bool:
+        space = self.session.space
+        if space.size is None or self.session.settings.custom_search_space:
+            return False
+        return len({_key(t.params) for t in trials if len(t.params) >= len(space.dimensions)}) >= space.size
 
     def _must_stop(self, trials: list[FrozenTrial]) -> bool:
         settings = self.session.settings

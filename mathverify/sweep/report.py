@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the plan, a line a trial, the table, and optimization_results.yaml. Decides nothing."""
+"""What a person sees of a sweep: plan, a line a trial, table, optimization_results.yaml. Decides nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def plan(session: Session, composer: Composer, validated: int) -> str:
         f"points    {'a continuous space' if size is None else size}; {validated} configs composed and valid",
         f"fixed     {' '.join(session.space.fixed) or '-'}",
         f"objective {objective}",
-        f"engine    {sampler} ({seed}), {pruner}, {settings.n_jobs} at once, repeated points: {settings.duplicates.value}",
+        f"engine    {sampler} ({seed}), {pruner}, {settings.n_jobs} at once, "
+        f"repeated points: {settings.duplicates.value}",
         f"budget    {settings.n_trials} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
         f"cost      {_cost(session, settings.n_trials - done)}",
     ]
@@ -123,8 +124,8 @@ def examples_note(session: Session) -> str | None:
     if len(seen) < 2 or not searched:
         return None
     return (
-        f"note: trials saw between {min(seen):,} and {max(seen):,} examples ({', '.join(searched)} differ), so part of a "
-        "difference may be more data; train.max_examples=N gives every trial the same number"
+        f"note: trials saw between {min(seen):,} and {max(seen):,} examples ({', '.join(searched)} differ), so part of "
+        "a difference may be more data; train.max_examples=N gives every trial the same number"
     )
 
 
@@ -252,7 +253,7 @@ def _number(value: Any) -> str:
 
 
 def _seconds(trial: FrozenTrial) -> float | None:
-    """What a trial took; a run's own account where there is one, since a resumed trial's clock ran while nothing did."""
+    """What a trial took; a run's own account where there is one: a resumed trial's clock ran while nothing did."""
     if "seconds" in (facts := trial.user_attrs.get("facts", {})):
         return float(facts["seconds"])
     if trial.duration is None or "duplicate_of" in trial.user_attrs:

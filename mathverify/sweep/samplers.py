@@ -1,4 +1,4 @@
-"""Samplers and pruners from their config. A seeded sampler proposes trial N alike in every process and after any kill."""
+"""Samplers and pruners from their config. A seeded one proposes trial N alike in every process and after any kill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS = {"CmaEsSampler": "cmaes", "GPSampler": "scipy", "QMCSampler": "scipy", "
 GONE = {"optuna.samplers.MOTPESampler": "optuna.samplers.TPESampler"}
 
 
-class SeededByTrial(BaseSampler):  # type: ignore[misc]
+class SeededByTrial(BaseSampler):
     """Gives every trial a sampler of its own, seeded by (seed, trial number).
 
     A sampler that lives as long as its process starts its random stream anew after a resume and proposes its first
@@ -89,7 +89,8 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
 
     def make(seed: int | None) -> BaseSampler:
         given = arguments | ({"seed": seed} if seed is not None else {})
-        return _instantiate(target, given, "hydra.sweeper.sampler")
+        sampler: BaseSampler = _instantiate(target, given, "hydra.sweeper.sampler")
+        return sampler
 
     return SeededByTrial(make, settings.seed)
 
@@ -103,7 +104,8 @@ def make_pruner(settings: Settings) -> BasePruner:
     if settings.pruner is None:
         return NopPruner()
     arguments = {k: v for k, v in settings.pruner.items() if k != "_target_" and v is not None}
-    return _instantiate(settings.pruner["_target_"], arguments, "hydra.sweeper.pruner")
+    pruner: BasePruner = _instantiate(settings.pruner["_target_"], arguments, "hydra.sweeper.pruner")
+    return pruner
 
 
 def _grid(space: Space) -> dict[str, list[Any]]:

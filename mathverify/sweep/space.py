@@ -176,11 +176,11 @@ def _of_range(sweep: RangeSweep, grid: bool) -> BaseDistribution:
 
 
 def _of_interval(sweep: IntervalSweep) -> BaseDistribution:
-    start, end, log = sweep.start, sweep.end, "log" in sweep.tags
+    start: Any = sweep.start  # typed float, and yet int under int(interval(...))
+    end: Any = sweep.end
+    log = "log" in sweep.tags
     if isinstance(start, int) and isinstance(end, int):
         return IntDistribution(start, end, log=log)
-    assert start is not None
-    assert end is not None
     return FloatDistribution(start, end, log=log)
 
 

@@ -23,7 +23,7 @@ STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
 
 
-class FlockJournalLock(JournalFileOpenLock):  # type: ignore[misc]
+class FlockJournalLock(JournalFileOpenLock):
     """Exclusive access to the journal. The kernel gives the lock back when its process dies, however it dies."""
 
     def __init__(self, path: Path) -> None:
@@ -42,8 +42,8 @@ class FlockJournalLock(JournalFileOpenLock):  # type: ignore[misc]
             self._handle = None
 
 
-class Journal(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, with a lock that no dead process can hold and a torn last line cut off before it is built on.
+class Journal(JournalFileBackend):
+    """Optuna's journal file, with a lock that no dead process can hold and a torn last line cut off in time.
 
     A process killed within its write leaves half a line; Optuna would append to it and then read it never again.
     """
@@ -102,7 +102,8 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStor
         return JournalStorage(Journal(path))
     try:
         if isinstance(storage, dict):
-            return instantiate(storage)
+            opened: BaseStorage = instantiate(storage)
+            return opened
         return RDBStorage(with_driver(storage), engine_kwargs=_engine_options(storage))
     except Exception as error:
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -114,7 +114,12 @@ def open_session(
     )
     with study_lock(storage, name, folder):
         study = optuna.create_study(
-            storage=storage, sampler=sampler, pruner=pruner, study_name=name, directions=directions, load_if_exists=True
+            storage=storage,
+            sampler=sampler,
+            pruner=pruner,
+            study_name=name,
+            directions=cast(Sequence[Literal["minimize", "maximize"]], directions),
+            load_if_exists=True,
         )
         theirs = study.user_attrs.get(FACTS)
         if theirs is None:

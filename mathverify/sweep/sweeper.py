@@ -236,7 +236,7 @@ def _close(session: Session, proposer: Proposer) -> dict[str, Any]:
 
 
 def study_folder(settings: Settings, config: DictConfig) -> Path:
-    """The sweep folder. A study with a name and Hydra's dated default gets multirun/NAME, or no command could resume it."""
+    """The sweep folder: multirun/NAME instead of Hydra's dated default if the study has a name, to be found again."""
     dated = OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"] == DATED  # type: ignore[index,call-overload]
     if dated and settings.study_name:
         folder = Path("multirun") / settings.study_name
