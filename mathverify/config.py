@@ -7,6 +7,7 @@ at the entry, and nothing below ever sees a DictConfig.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -197,14 +198,25 @@ class OptimizerConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """What a file calls our columns, where it is not our name; an empty name says that it has no such column."""
+
+    question: str | None = None
+    answer: str | None = None
+    solution: str | None = None
+    is_correct: str | None = None
+    id: str | None = None
+
+
+@dataclass
 class DataConfig:
     """Which rows, and how they are split. Fractions and row limits apply to whole questions, never to part of one.
 
     train, validation, test: paths (table) or split names (hub, where train is "train" unless given). A split that is
     null is taken from train by question, *_fraction of train's rows, or *_rows of them if given; so test=null is how
     to get a labelled test set where the hub's own has placeholder labels. *_rows also limit splits that are given
-    (arithmetic: how many to generate). `columns` renames: {our name: theirs}; an empty name for solution or id says
-    that there is none. Rows of train whose question is in a given validation or test are dropped and counted.
+    (arithmetic: how many to generate). Rows of train whose question is in a given validation or test are dropped and
+    counted.
     """
 
     source: DataSource = DataSource.arithmetic
@@ -219,7 +231,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     test_fraction: float = 0.02
     seed: int = 0
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     group_column: str | None = None
     slice_column: str | None = None
     map_labels: bool = False
@@ -237,9 +249,15 @@ class DataConfig:
             _require(bool(self.train), "data.train", self.train, "a path to a parquet, jsonl or csv file")
         if self.source is DataSource.hub:
             _require(bool(self.path), "data.path", self.path, "a data set name on the hub, or a local folder of one")
-        allowed = ("question", "answer", "solution", "is_correct", "id")
-        for ours in self.columns:
-            _require(ours in allowed, "data.columns", ours, f"keys among {', '.join(allowed)}")
+        if self.source is DataSource.arithmetic:
+            for name in ("train_rows", "validation_rows", "test_rows"):
+                rows = getattr(self, name)
+                _require(rows is None or rows <= 10**6, f"data.{name}", rows, "at most 1,000,000 generated rows")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """{our column: the file's} for those that are renamed."""
+        return {f.name: name for f in fields(self.columns) if (name := getattr(self.columns, f.name)) is not None}
 
 
 @dataclass
@@ -346,7 +364,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number in [0, 2147483648)")
         _require(
-            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            self.device in ("auto", "cpu", "cuda") or re.fullmatch(r"cuda:\d+", self.device) is not None,
             "device",
             self.device,
             "auto, cpu, cuda or cuda:N",

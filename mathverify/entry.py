@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -14,17 +15,20 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mathverify.config import RunConfig
-from mathverify.errors import UserError
+from mathverify.errors import RunFailed, UserError
 
-BAD_INPUT = 2
-"""Exit code for bad input of any kind."""
+BAD_INPUT, FAILED = 2, 1
+"""Exit codes: bad input of any kind; a run that failed by itself."""
 
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
 """As the user set it; `main` sets the variable for Hydra's sake."""
@@ -87,11 +91,44 @@ class Preflight(Callback):
         except UserError as error:
             sys.exit(report(error))
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for every job of a grid, before the first one starts; all that is wrong is told."""
+        if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
+            return  # other sweepers make up their jobs as they go
+        wrong = 0
+        for number, overrides in enumerate(_grid(config.hydra.overrides.task)):
+            try:
+                refuse_contradictions(overrides)
+                self._check_job(config, number, overrides)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                wrong = report(UserError(f"job {number} ({' '.join(overrides)}): {one_line(error)}"))
+        if wrong:
+            sys.exit(wrong)
+
+    def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> None:
+        job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+        with open_dict(job):
+            job.hydra.job.num, job.hydra.job.id = number, str(number)
+        self._claim(Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir, to_run_config(job))
+
     def _claim(self, folder: Path, config: RunConfig) -> None:
         if folder.exists():
             from mathverify.records import claim_run_folder
 
             claim_run_folder(folder, config)
+
+
+def _grid(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of Hydra's own grid: one list of overrides for each combination of choices, in its order."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    axes = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in parsed
+        if not one.get_key_element().startswith("hydra.")
+    ]
+    return [list(combination) for combination in itertools.product(*axes)]
 
 
 def refuse_contradictions(overrides: Sequence[str]) -> None:
@@ -105,22 +142,26 @@ def refuse_contradictions(overrides: Sequence[str]) -> None:
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Turn a UserError inside a job into its one line and exit code, and take back a folder that nothing was done in.
+    """Say what went wrong in a job in one line, and take back its folder if nothing was done in it.
 
-    Raised further as it is when HYDRA_FULL_ERROR=1 was asked for.
+    A single run ends here with its exit code. In a grid the error goes on to Hydra, which does the other jobs first.
+    Raised as it is when HYDRA_FULL_ERROR=1 was asked for.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         if _wants_traceback:
             raise
         _take_back(folder)
-        sys.exit(report(error))
+        code = report(error)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        sys.exit(code)
 
 
 def _take_back(folder: Path) -> None:
     """Remove a run folder that holds nothing but what Hydra puts there, and parents that are empty then."""
-    if any(not (item.name == ".hydra" or item.suffix == ".log") for item in folder.iterdir()):
+    if any(item.name not in (".hydra", ".lock") for item in folder.iterdir()):
         return
     shutil.rmtree(folder)
     for parent in (
@@ -153,10 +194,14 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, RunFailed, HydraException, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
         sys.exit(report(error))
+    except OSError as error:
+        if _wants_traceback or error.filename is None:
+            raise
+        sys.exit(report(UserError(f"{error.filename}: {error.strerror}: use another folder or mend its permissions")))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -192,14 +237,16 @@ def _first_words(file: Path) -> str:
 
 
 def report(error: Exception) -> int:
-    """Print the error's one line on stderr and return the exit code for it."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
-    return BAD_INPUT
+    """Print the error's one line on stderr, once, and return the exit code for it."""
+    if not getattr(error, "is_told", False):
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    error.is_told = True  # type: ignore[attr-defined]
+    return FAILED if isinstance(error, RunFailed) else BAD_INPUT
 
 
 def one_line(error: BaseException) -> str:
     """The text of an error and of what caused it as a single line, with the allowed names where a name is unknown."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | RunFailed):
         return _fold(str(error))
     key = getattr(error, "full_key", None) or _key_in(str(error))
     seen: list[str] = []

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see: its text is a single line that says what, where and the remedy."""
+"""The exceptions a user is meant to see: their text is a single line that says what, where and the remedy."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The text names what is wrong, where, and what to do about it, on one line; it never contains secrets.
     """
+
+
+class RunFailed(Exception):
+    """A run came to nothing by itself (its loss was not finite, say); its record says why. Exit code 1."""

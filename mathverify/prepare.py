@@ -63,7 +63,8 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
     report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, tokens)
     model = adopt(load_base(config))
     use_liger(model)
-    plan = plan_budget(model, config, max(int(store.lengths.max()) for store in stores.values()))
+    longest = 1 + max(int(store.lengths.max()) for store in stores.values())  # with the verdict
+    plan = plan_budget(model, config, longest)
     return Workbench(
         model=model,
         model_path=model_path(config.model),

@@ -32,6 +32,7 @@ from mathverify.scoring import Metrics
 
 if TYPE_CHECKING:
     import pyarrow
+    from filelock import BaseFileLock
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -290,6 +291,25 @@ def fingerprint(config: RunConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def lock_run_folder(path: Path) -> BaseFileLock:
+    """Hold the run folder for this process until `release`, or until the process is gone, however it goes.
+
+    Raises UserError when another process is at work in it.
+    """
+    from filelock import FileLock, Timeout
+
+    _check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{path}: another process is at work in this run folder: wait for it, or choose another (hydra.run.dir=...)"
+        ) from None
+    return lock
+
+
 def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
     """Make the run folder if needed and say what it holds of this run.
 
@@ -309,13 +329,20 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
             "choose another run folder (hydra.run.dir=...), or delete this one"
         )
     for leftover in path.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if not _is_alive(leftover.suffixes):
+            leftover.unlink(missing_ok=True)
     if record is None:
         return FolderState.nothing
     if record.status in (Status.completed, Status.pruned):
         return FolderState.finished
     checkpoint = path / CHECKPOINT
     return FolderState.resumable if checkpoint.is_dir() and any(checkpoint.iterdir()) else FolderState.nothing
+
+
+def _is_alive(suffixes: list[str]) -> bool:
+    """Whether the process that a temporary file names (.name.PID.hex.tmp) is running on this machine."""
+    pid = suffixes[-3].lstrip(".") if len(suffixes) >= 3 else ""
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
 def _check_writable(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 from numpy.typing import NDArray
 
 from mathverify import records, scoring
@@ -30,6 +31,7 @@ from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.engine.trial import StepReport, Trial, TrialState
 from mathverify.prepare import Workbench
+from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tracking import Tracker, open_tracker
 
@@ -46,6 +48,9 @@ class Screen:
 
     def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
         """One run took a step."""
+
+    def scored(self, split: str, done: int, total: int) -> None:
+        """So many of so many tokens of a split are scored."""
 
     def validated(self, run: Run, metrics: scoring.Metrics) -> None:
         """One run was scored on validation during training."""
@@ -64,6 +69,7 @@ class Run:
     record: RunRecord
     tracker: Tracker
     identity: str
+    lock: BaseFileLock
     seconds: dict[str, float] = field(default_factory=dict)
     reports: list[tuple[float, int]] = field(default_factory=list)
 
@@ -77,8 +83,10 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     Raises:
         UserError: the folder holds another run, or cannot be written.
     """
+    lock = records.lock_run_folder(folder)
     state = records.claim_run_folder(folder, config)
     if state is FolderState.finished:
+        lock.release()
         return None
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
@@ -90,7 +98,7 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
     costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)
-    return Run(config, folder, trial, record, tracker, identity, costs or {})
+    return Run(config, folder, trial, record, tracker, identity, lock, costs or {})
 
 
 Judge = Callable[[Run, scoring.Metrics], str | None]
@@ -119,7 +127,11 @@ class PackRunner:
             pack.add(run.trial)
         self.screen.phase("training")
         self._clock = time.perf_counter()
-        train(pack, self, self.stop)
+        try:
+            train(pack, self, self.stop)
+        except Interrupted:  # during a validation: between rounds, so every running trial can be saved as it stands
+            for trial in pack.running:
+                self.checkpoint(trial)
         if self.stop():
             self._interrupt([run for run in runs if run.record.status is Status.running])
         self._finish([run for run in runs if run.trial.state is TrialState.finished])
@@ -192,15 +204,15 @@ class PackRunner:
         adapters: list[Adapter | None] = [run.trial.adapter for run in runs]
         start = time.perf_counter()
         try:
-            validation = self._scores("validation", adapters, self._heed)
+            validation = self._scores("validation", adapters)
             with_base = any(run.config.evaluate.zero_shot for run in runs)
-            test = self._scores("test", [*adapters, None] if with_base else adapters, self._heed)
+            test = self._scores("test", [*adapters, None] if with_base else adapters)
+            share = (time.perf_counter() - start) / len(runs)
+            for place, run in enumerate(runs):
+                run.spend("evaluate", share)
+                self._report(run, validation[place], test[place], test[-1] if run.config.evaluate.zero_shot else None)
         except Interrupted:
-            self._interrupt(runs)
-        share = (time.perf_counter() - start) / len(runs)
-        for place, run in enumerate(runs):
-            run.spend("evaluate", share)
-            self._report(run, validation[place], test[place], test[-1] if run.config.evaluate.zero_shot else None)
+            self._interrupt([run for run in runs if run.record.status is Status.running])
 
     def _report(
         self, run: Run, validation: NDArray[np.float64], test: NDArray[np.float64], zero: NDArray[np.float64] | None
@@ -240,16 +252,24 @@ class PackRunner:
             run.tracker.predictions(predictions)
             run.tracker.adapter(run.folder / "adapter")
         run.tracker.finish(status)
+        run.lock.release()
 
     # Scores and metrics
 
-    def _scores(
-        self, split: str, adapters: Sequence[Adapter | None], progress: Callable[[int], None] | None = None
-    ) -> NDArray[np.float64]:
-        bench = self.bench
-        return score(bench.model, adapters, bench.stores[split], bench.verdicts, bench.budget, progress)
+    def _scores(self, split: str, adapters: Sequence[Adapter | None]) -> NDArray[np.float64]:
+        bench, store = self.bench, self.bench.stores[split]
+        total = int(store.lengths.sum()) * len(adapters)
+        done = 0
 
-    def _heed(self, tokens: int) -> None:
+        def progress(tokens: int) -> None:
+            nonlocal done
+            self._heed()
+            done += tokens
+            self.screen.scored(split, done, total)
+
+        return score(bench.model, adapters, store, bench.verdicts, bench.budget, progress)
+
+    def _heed(self) -> None:
         if self.stop():
             raise Interrupted
 
@@ -283,6 +303,7 @@ class PackRunner:
             self.bench.tokenizer,
             run.config.evaluate.max_new_tokens,
             self.bench.budget,
+            self._heed,
         )
         seconds = time.perf_counter() - start
         # What names neither verdict is wrong, whatever the label is.
@@ -291,7 +312,7 @@ class PackRunner:
         return {
             "metrics": scoring.measure_verdicts(said, store.labels, groups).to_plain(),
             "unparsed": int((verdicts == UNPARSED).sum()),
-            "agrees_with_score": float(np.mean((verdicts == 1) == (scores > 0))),
+            "agrees_with_score": float(np.mean(verdicts == (scores > 0))),  # UNPARSED agrees with neither
             "seconds": round(seconds, 3),
         }
 
@@ -340,6 +361,17 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def interruptible(progress: Progress, stop: Callable[[], bool]) -> Progress:
+    """The same progress, which raises Interrupted once `stop()` is true: long preparations end at their next report."""
+
+    def report(what: str, done: int, total: int | None) -> None:
+        if stop():
+            raise Interrupted
+        progress(what, done, total)
+
+    return report
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import unicodedata
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from mathverify.records import RunRecord, Status
+from mathverify.records import CHECKPOINT, RunRecord, Status
 from mathverify.run import Run, Screen
 from mathverify.scoring import Interval, Metrics
 
@@ -34,7 +35,6 @@ class RunScreen(Screen):
     def __init__(self, config: RunConfig, folder: Path, console: Console | None = None) -> None:
         self.config, self.folder = config, folder
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._started = time.perf_counter()
         self._said = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -57,7 +57,6 @@ class RunScreen(Screen):
     # Screen
 
     def phase(self, name: str) -> None:
-        self._put_bar_away()
         if name == "training" and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -86,6 +85,14 @@ class RunScreen(Screen):
                 f"{left:.0f} s left"
             )
 
+    def scored(self, split: str, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            if done < total:
+                self._bar.update(self._task, validation=f"scoring {split} {done / total:.0%}")
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._say(f"scoring {split} {done / total:.0%}")
+
     def validated(self, run: Run, metrics: Metrics) -> None:
         said = f"validation {_share(metrics.accuracy)}"
         if self._bar is not None and self._task is not None:
@@ -103,20 +110,22 @@ class RunScreen(Screen):
         if run.record.status is Status.failed:
             self._say(f"failed: {run.record.reason}; what there is lies in {self.folder}")
             return None
-        self.console.print(final_table(run.record, self.folder, time.perf_counter() - self._started))
+        self.console.print(final_table(run.record, self.folder))
         return _validation_accuracy(run.record)
 
     def finished_before(self, record: RunRecord) -> float | None:
         """The folder holds this very run, finished: show its result again."""
         self.console.print("this run is already finished; its result:")
-        self.console.print(final_table(record, self.folder, sum(record.costs.seconds.values())))
+        self.console.print(final_table(record, self.folder))
         return _validation_accuracy(record)
 
     def interrupted(self) -> None:
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
-        continuing = " ".join([*sys.argv[1:], f"hydra.run.dir={self.folder}"])
-        self._say(f"stopped; the state is saved. Continue with: python -m mathverify.train {continuing}")
+        words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
+        continuing = shlex.join([*words, f"hydra.run.dir='{self.folder}'"])
+        saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
+        self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
     def _say(self, line: str) -> None:
         self.console.print(printable(line), markup=False)
@@ -140,7 +149,7 @@ def _written_out(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
+def final_table(record: RunRecord, folder: Path) -> Table:
     """The last lines of a run: quality with intervals, the base it started from, cost, and where everything is."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     metrics, costs = record.metrics, record.costs
@@ -160,7 +169,10 @@ def final_table(record: RunRecord, folder: Path, seconds: float) -> Table:
     if (generated := record.notes.get("generated")) is not None:
         accuracy = generated["metrics"]["accuracy"]
         row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
-    row("seconds", f"{seconds:.1f} ({', '.join(f'{phase} {spent:.1f}' for phase, spent in costs.seconds.items())})")
+    row(
+        "seconds",
+        f"{sum(costs.seconds.values()):.1f} ({', '.join(f'{phase} {spent:.1f}' for phase, spent in costs.seconds.items())})",
+    )
     row("tokens/s", f"{costs.tokens_per_second:,.0f} in training" if costs.tokens_per_second else "no training")
     row("run folder", str(folder))
     return table

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from mathverify import entry
+from mathverify.errors import RunFailed
 from mathverify.judge import judge_run
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mathverify.config import RunConfig
 
 INTERRUPTED = 130
-FAILED = 1
 
 
 def task(composed: DictConfig) -> float | None:
@@ -41,7 +41,8 @@ def train_one(config: RunConfig, folder: Path, console: Console | None = None) -
 
     Raises:
         UserError: bad input of any kind.
-        SystemExit: with INTERRUPTED after a signal, with FAILED when the run failed (its loss was not finite, say).
+        RunFailed: its loss was not finite, say; the folder's record has the reason.
+        SystemExit: with code INTERRUPTED after a signal.
     """
     # From here on it is heavy: torch and transformers are not imported for --help, --cfg or bad config.
     import torch
@@ -49,28 +50,28 @@ def train_one(config: RunConfig, folder: Path, console: Console | None = None) -
     from mathverify.prepare import prepare
     from mathverify.progress import shown
     from mathverify.records import read_record
-    from mathverify.run import Interrupted, PackRunner, heeding_signals, open_run
+    from mathverify.run import Interrupted, PackRunner, heeding_signals, interruptible, open_run
     from mathverify.screen import RunScreen
 
     start = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with heeding_signals() as stop, RunScreen(config, folder, console) as screen:
-        with shown() as progress:
-            bench = prepare(config, progress)
-        screen.prepared(bench)
-        run = open_run(config, folder, bench)
-        if run is None:
-            return screen.finished_before(read_record(folder))
-        run.spend("prepare", time.perf_counter() - start)
         try:
+            with shown() as progress:
+                bench = prepare(config, interruptible(progress, stop))
+            screen.prepared(bench)
+            run = open_run(config, folder, bench)
+            if run is None:
+                return screen.finished_before(read_record(folder))
+            run.spend("prepare", time.perf_counter() - start)
             PackRunner(bench, screen, stop, judge_run).run([run])
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)
         accuracy = screen.result(run)
     if accuracy is None:
-        sys.exit(FAILED)
+        raise RunFailed(run.record.reason)
     return accuracy
 
 

@@ -85,7 +85,7 @@ def test_the_final_table_names_everything_promised(terminal: bool) -> None:
     record.metrics = RunMetrics(test=metrics, zero_shot=measure([1.0], [True], ["a"], resamples=100))
     record.costs = Costs(seconds={"load": 1.0, "train": 2.5}, tokens_per_second=1234.4)
     out = console(terminal)
-    out.print(final_table(record, Path("/tmp/runs/[x]/evil\x1b]0;x\x07"), 3.5))
+    out.print(final_table(record, Path("/tmp/runs/[x]/evil\x1b]0;x\x07")))
     text = shown(out)
     for word in ("accuracy", "75.0%", "AUROC", "Brier", "base rate", "zero-shot", "3.5", "1,234", "/tmp/runs/[x]/evil"):
         assert word in text, word
@@ -97,6 +97,6 @@ def test_an_undefined_metric_says_so() -> None:
     record = RunRecord.begin(CONFIG)
     record.metrics.test = measure([1.0, 2.0], [True, True], ["a", "b"], resamples=100)
     out = console(terminal=False)
-    out.print(final_table(record, Path("folder"), 1.0))
+    out.print(final_table(record, Path("folder")))
     assert "undefined: only one class" in shown(out)
     assert "nan" not in shown(out)

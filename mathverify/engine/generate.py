@@ -6,7 +6,7 @@ Slow: one forward pass a written token where scoring needs one in all, and no pr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,12 @@ def generate_verdicts(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     budget: TokenBudget,
+    between: Callable[[], None] = lambda: None,
 ) -> NDArray[np.int8]:
     """Verdicts of every row by generation: 1 True, 0 False, UNPARSED when the text ends in neither.
+
+    Args:
+        between: called after each batch; what it raises ends the work.
 
     Returns:
         int8 [rows], in the store's order.
@@ -47,6 +51,7 @@ def generate_verdicts(
         for rows in cut(lengths, budget.tokens):
             texts = _write(model, store, rows, tokenizer, max_new_tokens)
             verdicts[rows] = [parse(text) for text in texts]
+            between()
     return verdicts
 
 

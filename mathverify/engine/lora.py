@@ -55,7 +55,7 @@ def targets(shapes: dict[str, tuple[int, int]], lora: LoraConfig) -> list[str]:
     """Names of the linears that `lora.target_modules` means: equal, or ending in `.name` (PEFT's rule).
 
     Raises:
-        UserError: one of the target modules is no linear of the base.
+        UserError: one of the target modules is no linear of the base, or the rank is larger than every one's own.
     """
     found: list[str] = []
     for target in lora.target_modules:
@@ -65,6 +65,9 @@ def targets(shapes: dict[str, tuple[int, int]], lora: LoraConfig) -> list[str]:
             raise UserError(f"lora.target_modules: the base has no linear {target!r}, it has {', '.join(known)}")
         found += hits
     wanted = set(found)
+    largest = max(min(shapes[name]) for name in wanted)
+    if lora.rank > largest:
+        raise UserError(f"lora.rank = {lora.rank} is more than the base's linears can have: use at most {largest}")
     return [name for name in shapes if name in wanted]
 
 

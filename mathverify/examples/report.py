@@ -89,15 +89,19 @@ class DataReport:
             ("questions", [f"{s.questions:,}" for s in every]),
             ("exact duplicates", [f"{s.duplicate_rows:,}" for s in every]),
             (
-                "same answer, both labels",
+                "both labels",
                 [f"{s.contradictions:,} ({s.contradicting_rows:,} rows)" for s in every],
             ),
             ("empty solutions", [f"{s.empty_solutions:,}" for s in every]),
         ]
         if self.lengths:
             shown = [self.lengths[name] for name in self.splits]
-            spread = [f"{n.minimum:,} / {n.median:,.0f} / {n.p95:,.0f} / {n.maximum:,}" for n in shown]
-            lines += [("tokens min/median/p95/max", spread), ("solutions cut", [f"{n.cut:,}" for n in shown])]
+            lines += [
+                ("tokens, median", [f"{n.median:,.0f}" for n in shown]),
+                ("tokens, 95th %", [f"{n.p95:,.0f}" for n in shown]),
+                ("tokens, range", [f"{n.minimum:,}-{n.maximum:,}" for n in shown]),
+                ("solutions cut", [f"{n.cut:,}" for n in shown]),
+            ]
         return lines
 
     def remarks(self) -> list[str]:

@@ -93,12 +93,12 @@ def find_columns(config: DataConfig, present: Sequence[str], where: str) -> dict
     twice = sorted({name for name in present if list(present).count(name) > 1})
     if twice:
         raise UserError(f"{where}: column {show(twice[0])} appears more than once: rename or remove one of them")
-    names = {name: config.columns.get(name, name) for name in (*REQUIRED, "solution", "id")}
+    names = {name: config.renamed.get(name, name) for name in (*REQUIRED, "solution", "id")}
     found = {}
     for ours, theirs in names.items():
         if theirs in present:
             found[ours] = theirs
-        elif ours in REQUIRED or (theirs and ours in config.columns):
+        elif ours in REQUIRED or (theirs and ours in config.renamed):
             raise UserError(_missing(where, ours, theirs, present))
     for ours, chosen in (("group", config.group_column), ("slice", config.slice_column)):
         if chosen is not None:
@@ -113,7 +113,7 @@ def _missing(where: str, ours: str, theirs: str, present: Sequence[str]) -> str:
     close = [name for name in present if name.strip().casefold() == theirs.strip().casefold()]
     listed = ", ".join(show(name) for name in present[:20])
     suggestion = close[0] if close else "<its name there>"
-    return f"{where}: no column {show(theirs)}; it has {listed or 'none'}: set +data.columns.{ours}={suggestion}"
+    return f"{where}: no column {show(theirs)}; it has {listed or 'none'}: set data.columns.{ours}={suggestion}"
 
 
 def label_of(value: Any, map_labels: bool) -> bool | None:
@@ -193,14 +193,14 @@ class RowChecker:
         if len(same):
             first, second = int(order[same[0]]) + 1, int(order[same[0] + 1]) + 1
             raise UserError(
-                f"{self.where}: column {show(self.config.columns.get('id', 'id'))}, rows {first} and {second}: "
-                f"{len(same)} duplicate ids: make ids unique, or set +data.columns.id='' to number the rows instead"
+                f"{self.where}: column {show(self.config.renamed.get('id', 'id'))}, rows {first} and {second}: "
+                f"{len(same)} duplicate ids: make ids unique, or set data.columns.id='' to number the rows instead"
             )
 
     def _refuse_where(self, bad: pa.Array, column: str, start: int, what: str, remedy: str) -> None:
         if pc.any(bad).as_py():
             row = start + int(pc.index(bad, True).as_py())
-            theirs = self.config.columns.get(column, column)
+            theirs = self.config.renamed.get(column, column)
             raise UserError(f"{self.where}: column {show(theirs)}, row {row}: {what}: {remedy}")
 
     def _refuse_long(self, name: str, column: pa.Array | None, start: int) -> None:

@@ -38,7 +38,7 @@ GZIP_MAX_RATIO = 100
 """Compressed text may unpack to 64 MiB freely, and beyond that to at most 100 times its size: more is no text."""
 
 SUFFIXES = ".parquet, .jsonl or .csv (.jsonl.gz and .csv.gz too)"
-CSV_LABELS = {"True": True, "true": True, "False": False, "false": False}
+CSV_LABELS = {word: word.lower() == "true" for word in ("True", "true", "TRUE", "False", "false", "FALSE")}
 
 
 def sources(config: DataConfig) -> list[Source]:

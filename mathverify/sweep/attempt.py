@@ -180,5 +180,6 @@ class TrialTask:
             return outcomes.of_exception(error, folder), None
         except Exception as error:
             text = str(redact("".join(traceback.format_exception(error))))
+            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
             write_atomic(folder / ERROR_FILE, text.encode())
             return outcomes.of_exception(error, folder), None

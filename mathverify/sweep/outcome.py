@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from mathverify.errors import UserError
+from mathverify.errors import RunFailed, UserError
 from mathverify.records import redact
 
 RESULT = "result.json"
@@ -78,7 +78,7 @@ def of_exception(error: BaseException, folder: Path) -> Outcome:
         return failed(record.get("reason") or "the run failed", facts)
     text = " ".join(str(redact(str(error))).split())
     name = type(error).__name__
-    reason = text if isinstance(error, UserError) and text else f"{name}: {text}" if text else name
+    reason = text if isinstance(error, UserError | RunFailed) and text else f"{name}: {text}" if text else name
     if isinstance(error, SystemExit):
         reason = f"the task exited with code {error.code}"
     return failed(reason[:500], facts, isinstance(error, MemoryError))

@@ -1,8 +1,10 @@
 """The generated text the embedded base is pre-trained on; no tokens and no model here.
 
 It holds what a verifier needs to have learned before: solving the problems in the head, with steps, and as bare
-equations; telling equal from unequal numbers. It never says whether a proposed answer to a question is right: the
-verification prompt occurs only with a verdict drawn by a coin, so that its layout is known and says nothing.
+equations; telling equal from unequal numbers. A tenth of it (`keyed`) shows somebody's answer, then the right one, then
+"same" or "other": judging in other words and another layout, without which LoRA learns to verify much more slowly. The
+words True and False never say whether an answer is right: the verification prompt occurs only with a verdict drawn by a
+coin, so that its layout is known and says nothing.
 Questions that `held_out` keeps for validation and test are left out.
 """
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mathverify.config import DataConfig, DataSource
+from mathverify.config import ColumnsConfig, DataConfig, DataSource
 from mathverify.errors import UserError
 from mathverify.examples.hub import explain
 from mathverify.examples.sources import Loaded, load
@@ -70,7 +70,7 @@ def test_unknown_split_column_and_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"split 'dev': no such split; it has .*train.*test"):
         read(tmp_path, folder, validation="dev")
     with pytest.raises(UserError, match=r"no column 'reply'; it has 'question', 'is_correct', 'answer'"):
-        read(tmp_path, folder, columns={"answer": "reply"})
+        read(tmp_path, folder, columns=ColumnsConfig(answer="reply"))
     with pytest.raises(UserError, match=r"no such folder: set data\.path"):
         read(tmp_path, tmp_path / "nowhere")
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mathverify.config import DataConfig, DataSource, NullAnswers
+from mathverify.config import ColumnsConfig, DataConfig, DataSource, NullAnswers
 from mathverify.errors import UserError
 from mathverify.examples.rows import MAX_FIELD_BYTES, RowChecker
 from mathverify.examples.schema import EXAMPLE_SCHEMA
@@ -143,7 +143,7 @@ def test_columns_can_be_renamed_and_groups_and_slices_chosen(tmp_path: Path) -> 
     ]
     path = write(tmp_path / "r.parquet", rows)
     names = {"question": "Q", "answer": "A", "is_correct": "ok"}
-    loaded = read(tmp_path / "c", path, columns=names, group_column="topic", slice_column="kind")
+    loaded = read(tmp_path / "c", path, columns=ColumnsConfig(**names), group_column="topic", slice_column="kind")
     got = all_rows(loaded)
     assert {row["group"] for row in got} == {f"t{i}" for i in range(8)}
     assert {row["slice"] for row in got} == {"k0", "k1"}
@@ -162,7 +162,7 @@ def test_ids_are_kept_or_made_and_always_unique(tmp_path: Path) -> None:
         )
     )
     assert len({row["id"] for row in both}) == len(both) == 240
-    numbered = all_rows(read(tmp_path / "c", path, columns={"id": ""}))
+    numbered = all_rows(read(tmp_path / "c", path, columns=ColumnsConfig(id="")))
     assert {row["id"] for row in numbered} == {f"train-{i:07d}" for i in range(1, 121)}
 
 
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "blank jsonl": ("r.jsonl", b"\n \n\n", r"has no rows: give"),
     "header only": ("r.csv", b"question,answer,is_correct\n", r"has no rows: give"),
     "no rows in parquet": ("r.parquet", lambda p: pq.write_table(pa.Table.from_pylist(make_rows()).slice(0, 0), p), r"has no rows"),
-    "wrong columns": ("r.csv", b"Question,reply\n1,2\n", r"no column 'question'; it has 'Question', 'reply': set \+data\.columns\.question=Question"),
+    "wrong columns": ("r.csv", b"Question,reply\n1,2\n", r"no column 'question'; it has 'Question', 'reply': set data\.columns\.question=Question"),
     "columns twice": ("r.csv", b"question,answer,answer,is_correct\n", r"column 'answer' appears more than once"),
     "label in words": ("r.csv", b"question,answer,is_correct\nq,1,maybe\n", r"column 'is_correct', row 1: 'maybe' is not a boolean label"),
     "label is a number": ("r.jsonl", _rows_with(70, is_correct=1), r"column 'is_correct', row 71: '1' is not a boolean"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mathverify.entry import compose, config_dir
-from mathverify.errors import UserError
+from mathverify.errors import RunFailed, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
 
 from .conftest import SMALL
@@ -111,9 +111,8 @@ def test_generation_is_reported_beside_the_scores(train: Train) -> None:
 
 
 def test_a_diverging_run_fails_with_step_and_cause(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(RunFailed, match="at step"):
         train("optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null")
-    assert left.value.code == 1
     record = read_record(tmp_path / "run")
     assert record.status is Status.failed
     assert record.reason is not None
@@ -197,8 +196,43 @@ def test_offline_tracking_leaves_a_wandb_run(train: Train, tmp_path: Path) -> No
     assert list((tmp_path / "run" / "wandb").rglob("*.wandb"))
 
 
-def test_scores_are_calibrated_probabilities(train: Train, tmp_path: Path) -> None:
+def test_probabilities_are_the_logistic_of_the_scores(train: Train, tmp_path: Path) -> None:
     train()
     table = pq.read_table(tmp_path / "run/predictions.parquet")
     scores = table["score"].to_numpy()
     assert np.allclose(table["probability"].to_numpy(), 1 / (1 + np.exp(-scores)))
+
+
+@pytest.mark.slow
+def test_a_grid_goes_on_after_a_run_that_fails(tmp_path: Path) -> None:
+    grid = ["optimizer.max_grad_norm=null", "optimizer.learning_rate=1e30,1e-4", "hydra.sweep.dir=grid"]
+    process = command("-m", *SMALL, *grid, f"data.cache_dir='{tmp_path}/cache'", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "at step" in errors
+    assert [read_record(tmp_path / "grid" / n).status for n in "01"] == [Status.failed, Status.completed]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_a_grid_is_told_before_its_first_job(tmp_path: Path) -> None:
+    process = command("-m", *SMALL, "seed=1,-1,-2", "hydra.sweep.dir=grid", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert len(errors.strip().splitlines()) == 2
+    assert "seed = -1" in errors
+    assert "seed = -2" in errors
+    assert not (tmp_path / "grid" / "0").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_never_share_a_run_folder(tmp_path: Path) -> None:
+    arguments = [*SMALL, "train.max_steps=60", "hydra.run.dir=one", f"data.cache_dir='{tmp_path}/cache'"]
+    first = command(*arguments, cwd=tmp_path)
+    while not (tmp_path / "one" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = command(*arguments, cwd=tmp_path)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert "another process" in errors
+    assert first.wait(timeout=120) == 0

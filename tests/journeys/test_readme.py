@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
+
+from mathverify.records import Status, read_record
 
 from .conftest import SMALL
 
@@ -39,6 +43,7 @@ def place(tmp_path: Path) -> Path:
     shutil.copytree(tiny.path(), tmp_path / "my-model")
     rows: pa.Table = generate(900, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
     pq.write_table(rows, tmp_path / "train.parquet")
+    write_csv(rows.rename_columns(["question", "reply", "solution", "is_correct"]), tmp_path / "replies.csv")
     return tmp_path
 
 
@@ -68,7 +73,9 @@ def test_every_run_of_the_readme_runs(command: str, place: Path) -> None:
     done = run(command if as_is else made_small(command, place), place)
     assert done.returncode == 0, done.stderr[-3000:]
     if not as_is:
-        assert list(place.rglob("result.json"))
+        statuses = [read_record(path.parent).status for path in place.rglob("result.json")]
+        grid = [word.count(",") + 1 for word in shlex.split(command) if " -m " in command and "," in word]
+        assert statuses == [Status.completed] * math.prod(grid)
 
 
 @pytest.mark.slow
