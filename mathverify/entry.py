@@ -42,7 +42,7 @@ def config_dir() -> str:
 
 
 def register_schema() -> None:
-    """Tell Hydra the types of every key, so that a typo is an error at composition, and of our sweeper."""
+    """Tell Hydra the types of every key, so that a typo or a wrong type is an error at composition; our sweeper too."""
     from mathverify.sweep import plugin
 
     ConfigStore.instance().store(name="schema", node=RunConfig)

@@ -1,0 +1,110 @@
+"""A program of a few lines under the sweeper: what it returns is known, and every call of it is written down."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import FrozenTrial
+
+from mathverify.sweep.storage import open_storage
+
+APP = """\
+import os, sys, time
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from mathverify import entry
+from mathverify.errors import UserError
+from mathverify.sweep import plugin
+
+plugin.register()
+os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def app(config):
+    with open("calls.txt", "a") as file:
+        file.write(f"{HydraConfig.get().job.num} {config.x} {config.y}\\n")
+    time.sleep(config.seconds)
+    if config.fail == "always" or config.fail == config.y:
+        raise ValueError(f"no luck with y = {config.y}")
+    if config.fail == "nan":
+        return float("nan")
+    if config.fail == "two":
+        return config.x, config.y
+    return config.x**2 + config.y
+
+
+try:
+    app()
+except UserError as error:
+    sys.exit(entry.report(error))
+"""
+CONFIG = """\
+defaults:
+  - _self_
+  - override hydra/sweeper: optuna
+x: 1.0
+y: 2
+fail: null
+seconds: 0
+"""
+
+
+@dataclass
+class Program:
+    """The program in its own folder."""
+
+    folder: Path
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        """Sweep; study `s`, seeded, unless the overrides say otherwise."""
+        standard = ["hydra.sweeper.study_name=s", "hydra.sweeper.sampler.seed=1"]
+        return subprocess.Popen(
+            [sys.executable, "app.py", "-m", *standard, *overrides],
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def sweep(self, *overrides: str, code: int = 0) -> str:
+        """Sweep to the end; what it printed."""
+        process = self.start(*overrides)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, out + err
+        return out + err
+
+    @property
+    def calls(self) -> list[tuple[int, float, str]]:
+        """(job number, x, y) of every call so far."""
+        file = self.folder / "calls.txt"
+        rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+        return [(int(number), float(x), y) for number, x, y in rows]
+
+    def trials(self, study: str = "s") -> list[FrozenTrial]:
+        """The study as its storage has it."""
+        storage = open_storage(None, self.folder / "multirun" / study)
+        return optuna.load_study(study_name=study, storage=storage).trials
+
+    def results(self, study: str = "s") -> dict[str, Any]:
+        text = (self.folder / "multirun" / study / "optimization_results.yaml").read_text()
+        found: dict[str, Any] = yaml.safe_load(text)
+        return found
+
+
+def make_program(folder: Path) -> Program:
+    (folder / "conf").mkdir(parents=True)
+    (folder / "app.py").write_text(APP)
+    (folder / "conf" / "config.yaml").write_text(CONFIG)
+    return Program(folder)
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return make_program(tmp_path / "program")
