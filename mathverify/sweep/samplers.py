@@ -40,8 +40,8 @@ class SeededByTrial(BaseSampler):
     def _for(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number != self._number:
             self._number = trial.number
-            # A quasi-random sequence is one sequence: its place, not its seed, follows the number.
-            keep = self._seed is None or isinstance(self.inner, QMCSampler)
+            # A quasi-random sequence is one, as is a shuffled grid: the place in it, not its seed, follows the number.
+            keep = self._seed is None or isinstance(self.inner, QMCSampler | GridSampler)
             self.inner = self._make(self._seed if keep else trial_seed(self._seed, trial.number))
         return self.inner
 

@@ -35,7 +35,7 @@ def app(config):
     time.sleep(config.seconds)
     if config.fail == "always" or config.fail == config.y:
         raise ValueError(f"no luck with y = {config.y}")
-    if config.fail == "nan":
+    if config.fail == "undefined":
         return float("nan")
     if config.fail == "two":
         return config.x, config.y

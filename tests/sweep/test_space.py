@@ -17,7 +17,6 @@ FORMS: list[tuple[str, BaseDistribution]] = [
     ("x=1,2,3", CategoricalDistribution((1, 2, 3))),
     ("x=choice(true,false)", CategoricalDistribution((True, False))),
     ("x=choice(0.5,1e-3)", CategoricalDistribution((0.5, 1e-3))),
-    ("x=choice(null,1)", CategoricalDistribution((None, 1))),
     ("x=choice([1,2],[3])", CategoricalDistribution(("[1,2]", "[3]"))),
     ("lora=choice(r16,r32)", CategoricalDistribution(("r16", "r32"))),
     ("+x=a,b", CategoricalDistribution(("a", "b"))),

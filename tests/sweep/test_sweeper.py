@@ -152,7 +152,7 @@ def test_too_many_failures_stop_the_sweep(program: Program) -> None:
 
 
 def test_not_a_number_fails_its_trial(program: Program) -> None:
-    program.sweep(*SPACE, "fail=nan", "hydra.sweeper.n_trials=2", code=1)
+    program.sweep(*SPACE, "fail=undefined", "hydra.sweeper.n_trials=2", code=1)
     assert [t.user_attrs["reason"] for t in program.trials()] == [f"the objective is {math.nan}"] * 2
 
 
