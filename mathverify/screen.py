@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -123,7 +124,9 @@ class RunScreen(Screen):
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
-        continuing = shlex.join([*words, f"hydra.run.dir='{self.folder}'"])
+        plain = re.fullmatch(r"[\w./-]+", str(self.folder)) is not None
+        place = f"hydra.run.dir={self.folder}" if plain else f"\"hydra.run.dir='{self.folder}'\""
+        continuing = f"{shlex.join(words)} {place}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
         self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
@@ -169,10 +172,8 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     if (generated := record.notes.get("generated")) is not None:
         accuracy = generated["metrics"]["accuracy"]
         row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
-    row(
-        "seconds",
-        f"{sum(costs.seconds.values()):.1f} ({', '.join(f'{phase} {spent:.1f}' for phase, spent in costs.seconds.items())})",
-    )
+    phases = ", ".join(f"{phase} {spent:.1f}" for phase, spent in costs.seconds.items())
+    row("seconds", f"{sum(costs.seconds.values()):.1f} ({phases})")
     row("tokens/s", f"{costs.tokens_per_second:,.0f} in training" if costs.tokens_per_second else "no training")
     row("run folder", str(folder))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -100,7 +101,12 @@ def test_a_login_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_host_that_never_answers_costs_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: time.sleep(30))
+
+    def slow(*args: object, **kwargs: object) -> io.BytesIO:
+        time.sleep(30)
+        return io.BytesIO()
+
+    monkeypatch.setattr("urllib.request.urlopen", slow)
     start = time.monotonic()
     assert "no answer in time" in dict(doctor.network())["hub"]
     assert time.monotonic() - start < 5
