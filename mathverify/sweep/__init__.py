@@ -3,6 +3,6 @@
 plugin.py is what Hydra sees and imports nothing heavy; everything else here is imported when a sweep starts.
 
 Not yet exercised by a test: databases as storage (PostgreSQL's lock in storage.py, passwords in URLs), launchers other
-than Hydra's basic one and streaming ones (sweeper.py), workers on another machine (liveness.Watch), custom_search_space,
-points that run out of memory (proposals.py), and pruning within a real run (judge.py's hook in train.py).
+than Hydra's basic one, and streaming ones (sweeper.py), workers on another machine (liveness.Watch),
+custom_search_space, and points that run out of memory (proposals.py).
 """

@@ -71,3 +71,18 @@ def test_the_missions_study_trains_its_trials_and_names_the_best(tmp_path: Path)
     accuracies = [record["metrics"]["validation"]["accuracy"] for record in records]
     assert results["best_value"] == max(a["value"] if isinstance(a, dict) else a for a in accuracies)
     assert set(results["best_params"]) == {"lora.rank", "lora.alpha", "train.batch_size"}
+
+
+@pytest.mark.slow
+def test_a_real_run_is_pruned_at_its_first_validation(tmp_path: Path) -> None:
+    small = [o for o in SMALL if not o.startswith("train.batch_size")]
+    done = command(
+        tmp_path, "-m", "mathverify.train", "-m", "sweep=rank_alpha_batch", *small,
+        f"data.cache_dir='{tmp_path}/cache'", "hydra.sweeper.n_trials=1", "hydra/sweeper/pruner=none",
+        "hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner", "+hydra.sweeper.pruner.lower=2.0", timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]  # nothing completed
+    record = json.loads((tmp_path / "multirun/rank_alpha_batch/0/result.json").read_text())
+    assert record["status"] == "pruned"
+    assert "pruned at step 2 by the threshold rule" in done.stdout
+    assert "1 trials: 0 completed, 1 pruned, 0 failed" in done.stdout
