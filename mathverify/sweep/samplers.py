@@ -85,7 +85,7 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
     target = GONE.get(arguments["_target_"], arguments["_target_"])
     if target.endswith(".GridSampler") and not arguments.get("search_space"):
         arguments["search_space"] = _grid(space)
-    arguments = _accepted(target, {k: v for k, v in arguments.items() if k != "_target_" and v is not None})
+    arguments = _accepted(target, {k: v for k, v in arguments.items() if k != "_target_" and v is not None}, "sampler")
 
     def make(seed: int | None) -> BaseSampler:
         given = arguments | ({"seed": seed} if seed is not None else {})
@@ -103,8 +103,10 @@ def make_pruner(settings: Settings) -> BasePruner:
     """
     if settings.pruner is None:
         return NopPruner()
-    arguments = {k: v for k, v in settings.pruner.items() if k != "_target_" and v is not None}
-    pruner: BasePruner = _instantiate(settings.pruner["_target_"], arguments, "hydra.sweeper.pruner")
+    target = settings.pruner["_target_"]
+    given = {k: v for k, v in settings.pruner.items() if k != "_target_" and v is not None}
+    arguments = _accepted(target, given, "pruner")
+    pruner: BasePruner = _instantiate(target, arguments, "hydra.sweeper.pruner")
     return pruner
 
 
@@ -116,12 +118,12 @@ def _grid(space: Space) -> dict[str, list[Any]]:
     return {key: found or [] for key, found in values.items()}
 
 
-def _accepted(target: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what older versions of Optuna took and this one does not."""
+def _accepted(target: str, arguments: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Leave out what older versions of Optuna took and this one does not, and what a study set for another target."""
     try:
         known = inspect.signature(get_class(target)).parameters
     except Exception as error:
-        raise UserError(f"hydra.sweeper.sampler._target_ = {target}: no such sampler ({error})") from None
+        raise UserError(f"hydra.sweeper.{what}._target_ = {target}: no such {what} ({error})") from None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
         return dict(arguments)
     return {name: value for name, value in arguments.items() if name in known}
