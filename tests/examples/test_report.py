@@ -84,4 +84,4 @@ def test_the_report_is_json_and_a_table_that_says_what_was_left_out(tmp_path: Pa
     text = out.getvalue()
     assert "1 rows dropped, answer is null or blank (rows 4)" in text
     assert "test: taken from train, by question" in text
-    assert "5 / 14 / 23 / 24" in text
+    assert "5-24" in text
