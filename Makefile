@@ -6,20 +6,23 @@ READY := $(VENV)/.ready
 # Tests run in several processes; more threads than cores would only make them wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help run test quick check format clean
+.PHONY: help run test test-long quick check format clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(READY) ## Set up, then fine-tune and evaluate the embedded default (ARGS="lora=r16 seed=1")
 	$(BIN)/python -m mathverify.train lora=r64 $(ARGS)
 
-test: $(READY) ## Set up, then run all tests
-	$(TEST) $(ARGS)
+test: $(READY) ## Set up, then run all tests but the long ones
+	$(TEST) -m "not long" $(ARGS)
+
+test-long: $(READY) ## Tests that take minutes or need PostgreSQL, Slurm or Chromium (.ci/services installs these)
+	$(TEST) -m long $(ARGS)
 
 quick: $(READY) ## The tests without the slow ones
-	$(TEST) -m "not slow" $(ARGS)
+	$(TEST) -m "not slow and not long" $(ARGS)
 
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .
