@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -112,10 +113,12 @@ class Preflight(Callback):
         self._claim(Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir, to_run_config(job))
 
     def _claim(self, folder: Path, config: RunConfig) -> None:
-        if folder.exists():
-            from mathverify.records import claim_run_folder
+        from mathverify.records import check_writable, claim_run_folder
 
+        if folder.exists():
             claim_run_folder(folder, config)
+        else:
+            check_writable(folder)
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:
@@ -193,17 +196,44 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     # Hydra prints and exits by itself on errors unless this is set; here the errors are wanted as exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        _check_flags(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (UserError, RunFailed, HydraException, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
         sys.exit(report(error))
+    except ValueError as error:
+        if _wants_traceback or not _is_hydras(error):
+            raise
+        sys.exit(report(UserError(f"{one_line(error)}: see --help for what can be set")))
     except OSError as error:
         if _wants_traceback or error.filename is None:
             raise
         sys.exit(report(UserError(f"{error.filename}: {error.strerror}: use another folder or mend its permissions")))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise UserError where Hydra's own parser of flags would print its whole usage."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: put flags such as -m before all overrides; --hydra-help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(words))
+
+
+def _is_hydras(error: BaseException) -> bool:
+    """Whether an exception was raised within Hydra or OmegaConf, which use plain ValueErrors for some bad overrides."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "hydra",
+        "omegaconf",
+    )
 
 
 _USAGE = """\
@@ -257,8 +287,8 @@ def one_line(error: BaseException) -> str:
             seen.append(text)
         cause = cause.__cause__
     line = ": ".join(seen)
-    allowed = _names_beside(key) if "not in" in line else None
-    return line + (f"; {key} is not a setting, use one of: {', '.join(allowed)}" if allowed else "")
+    unknown, allowed = _names_beside(key) if "not in" in line else (key, None)
+    return line + (f"; {unknown} is not a setting, use one of: {', '.join(allowed)}" if allowed else "")
 
 
 def _fold(text: str) -> str:
@@ -280,9 +310,13 @@ def _key_in(text: str) -> str:
     return (found.group(1) or found.group(2)) if found else ""
 
 
-def _names_beside(key: str) -> list[str] | None:
-    """The settings that exist where `key` would stand; None when the place itself does not exist."""
+def _names_beside(key: str) -> tuple[str, list[str] | None]:
+    """The first part of `key` that is not a setting, and the settings that exist in its place, if any do."""
     owner: Any = RunConfig()
-    for part in key.split(".")[:-1]:
-        owner = getattr(owner, part, None)
-    return [f.name for f in fields(owner)] if is_dataclass(owner) else None
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        names = [f.name for f in fields(owner)] if is_dataclass(owner) else None
+        if names is None or part not in names:
+            return ".".join(parts[: place + 1]), names
+        owner = getattr(owner, part)
+    return key, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
 from mathverify.config import RunConfig
@@ -12,6 +12,7 @@ from mathverify.engine.budget import plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.model import PackedModel, adopt
 from mathverify.engine.passes import TokenBudget
+from mathverify.errors import UserError
 from mathverify.examples.report import DataReport, data_report, lengths
 from mathverify.examples.schema import Splits
 from mathverify.examples.sources import cache_dir, load
@@ -62,6 +63,7 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
     tokens = {name: lengths(store.lengths, store.cut) for name, store in stores.items()}
     report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, tokens)
     model = adopt(load_base(config))
+    _refuse_small_vocabulary(model, tokenizer, diagnosis.verdicts, stores, config)
     use_liger(model)
     longest = 1 + max(int(store.lengths.max()) for store in stores.values())  # with the verdict
     plan = plan_budget(model, config, longest)
@@ -77,3 +79,23 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
         budget=TokenBudget(plan.tokens),
         plan=plan.text,
     )
+
+
+def _refuse_small_vocabulary(
+    model: PackedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    verdicts: VerdictTokens,
+    stores: Mapping[str, TokenStore],
+    config: RunConfig,
+) -> None:
+    """A tokenizer may know tokens that the base has no row for, as long as the prompts have none of them."""
+    embeddings: Any = model.base.model.get_input_embeddings()
+    known = int(embeddings.weight.shape[0])
+    if len(tokenizer) <= known:
+        return
+    largest = max(verdicts.true_id, verdicts.false_id, *(store.largest for store in stores.values()))
+    if largest >= known:
+        raise UserError(
+            f"model.path = {model_path(config.model)}: the model's vocabulary has {known:,} tokens and its tokenizer "
+            f"writes token {largest:,}: give the tokenizer files that belong to the weights"
+        )

@@ -33,7 +33,7 @@ from mathverify.engine.trial import StepReport, Trial, TrialState
 from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
-from mathverify.tracking import Tracker, open_tracker
+from mathverify.tracking import Tracker, check_tracking, open_tracker
 
 
 class Interrupted(Exception):
@@ -81,12 +81,22 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     """A run ready to train, from its checkpoint if it has one; None when the folder holds it finished.
 
     Raises:
-        UserError: the folder holds another run, or cannot be written.
+        UserError: the folder holds another run, or cannot be written; nothing in it has changed then.
     """
+    check_tracking(config)
     lock = records.lock_run_folder(folder)
-    state = records.claim_run_folder(folder, config)
-    if state is FolderState.finished:
+    try:
+        run = _open_locked(config, folder, bench, lock)
+    except BaseException:
         lock.release()
+        raise
+    if run is None:
+        lock.release()
+    return run
+
+
+def _open_locked(config: RunConfig, folder: Path, bench: Workbench, lock: BaseFileLock) -> Run | None:
+    if records.claim_run_folder(folder, config) is FolderState.finished:
         return None
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
@@ -94,9 +104,10 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
-    records.write_record(folder, record)
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
+    # Before anything is written: a checkpoint of other data or another base is refused, and its record stands.
     costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
+    records.write_record(folder, record)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)
     return Run(config, folder, trial, record, tracker, identity, lock, costs or {})
 

@@ -181,6 +181,12 @@ def open_tracker(
     )
 
 
+def check_tracking(config: RunConfig) -> None:
+    """Raise, before anything is written, the UserError of `open_tracker`: tracking.mode=online without a key."""
+    if config.tracking.kind is TrackingKind.wandb and os.environ.get("WANDB_MODE") != "disabled":
+        _goes_online(config.tracking.mode)
+
+
 class _Mirror:
     """One W&B run and the thread that talks to it.
 

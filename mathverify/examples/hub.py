@@ -47,7 +47,10 @@ def _load(name: str, where: str, config: DataConfig) -> Any:
     """The split as a datasets.Dataset, memory-mapped."""
     import datasets
 
+    missing = _is_local(config.path or "") and not Path(config.path or "").expanduser().exists()
     try:
+        if missing:  # the hub would be asked for it, several times
+            raise FileNotFoundError(config.path)
         path = str(Path(config.path or "").expanduser()) if _is_local(config.path or "") else config.path
         with _quiet():
             return datasets.load_dataset(path, split=name, revision=config.revision)
@@ -57,17 +60,21 @@ def _load(name: str, where: str, config: DataConfig) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep datasets' own log lines off the screen, since an error is told in one line, and its bars off a log file."""
+    """Keep log lines of datasets and the hub off the screen, since an error is told in one line, and bars off logs."""
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
     before, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    hub_before = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
         if bars:
             datasets.enable_progress_bars()
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from mathverify.errors import UserError
 from mathverify.records import redact
 
 JOURNAL = "study.journal"
+LOCK_SECONDS = 120.0
+"""Longest wait for a lock that is held for milliseconds, or for as long as a sampler proposes."""
+
 STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
 
@@ -31,9 +35,7 @@ class FlockJournalLock(JournalFileOpenLock):
         self._handle: int | None = None
 
     def acquire(self) -> bool:
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        self._handle = handle
+        self._handle = _locked(self._path)
         return True
 
     def release(self) -> None:
@@ -94,12 +96,9 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStor
         UserError: a URL that is wrong, or a database that cannot be reached; never with its password.
     """
     if storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(Journal(folder / JOURNAL))
+        return _open_journal(folder / JOURNAL)
     if isinstance(storage, str) and storage.startswith("journal://"):
-        path = Path(storage.removeprefix("journal://"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(Journal(path))
+        return _open_journal(Path(storage.removeprefix("journal://")))
     try:
         if isinstance(storage, dict):
             opened: BaseStorage = instantiate(storage)
@@ -108,6 +107,47 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStor
     except Exception as error:
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {reason}") from None
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    try:
+        _refuse_foreign(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(Journal(path))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be opened as a study's journal ({error.strerror or error}): use another folder "
+            "(hydra.sweep.dir=...), or mend its permissions"
+        ) from None
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Before anything is written: a journal has one JSON object with an op_code a line. A torn last line is mended."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a study's journal: choose another folder (hydra.sweep.dir=...)")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not _is_entry(line) and not _is_torn(line):
+                raise UserError(
+                    f"{path}: line {number} is not of a study's journal: it is damaged or another program's; "
+                    "remove the line, or choose another folder (hydra.sweep.dir=...)"
+                )
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and "op_code" in entry
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of an entry."""
+    begins = b'{"op_code":'
+    return not line.endswith(b"\n") and (line.startswith(begins) or begins.startswith(line))
 
 
 def with_driver(url: str) -> str:
@@ -146,9 +186,30 @@ def study_lock(storage: BaseStorage, name: str, folder: Path) -> Iterator[None]:
                 connection.rollback()
         return
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = _locked(folder / ".lock")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """An open handle that holds the lock on `path`; closing it, or dying, gives the lock back.
+
+    Raises:
+        UserError: somebody has held it for LOCK_SECONDS, which no working process does.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise UserError(
+                    f"{path}: has been locked by another process for {LOCK_SECONDS:g} s: "
+                    "see whether a worker of this study is stopped or hangs, and end it"
+                ) from None
+        time.sleep(0.005)
