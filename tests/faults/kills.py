@@ -1,0 +1,311 @@
+"""Runs and sweeps killed with -9 at random moments; the same command continues, and it ends like one nobody touched.
+
+python -m tests.faults.kills --times 100
+
+After every kill all files that a reader may open must be whole; in the end no finished trial may be lost or repeated, and
+every metric, score, weight and loss must be bitwise that of an uninterrupted run (CPU, one thread).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.faults.results import write_result
+from tests.journeys.conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
+KILLER = Path(__file__).parent / "killer"
+MOST_KILLS = 5
+"""Of one folder, before it is left to end: a trial may be started ten times before the sweeper gives it up."""
+
+COMMON = [*SMALL, "lora=r4", "train.max_steps=6", "train.eval_every=3", "train.checkpoint_every=2", "train.threads=1"]
+STUDY = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.study_name=s", "hydra.sweeper.sampler.seed=1"]
+STUDY += ["hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.n_startup_trials=2"]
+SPACE = ["lora.rank=choice(2,4,8)", "optimizer.learning_rate=tag(log,interval(1e-4,1e-2))"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and where it leaves what: run folders by glob, and whether there is a study."""
+
+    name: str
+    arguments: Sequence[str]
+    runs: str
+    study: bool = False
+    wandb: bool = False
+
+
+RUN = Scenario("run", [*COMMON, "hydra.run.dir=run"], "run")
+WITH_WANDB = Scenario("run with W&B", [*COMMON, "tracking=wandb", "tracking.mode=offline", "hydra.run.dir=run"], "run", wandb=True)  # fmt: skip
+SWEEP = Scenario("sweep", [*STUDY, *COMMON, *SPACE], "multirun/s/[0-9]*", study=True)
+PACK = Scenario("sweep as a pack", [*STUDY, *COMMON, *SPACE, "hydra/launcher=pack"], "multirun/s/[0-9]*", study=True)
+
+
+def scenarios() -> list[Scenario]:
+    """What this checkout can do."""
+    from hydra.core.config_store import ConfigStore
+
+    from mathverify.entry import register_schema
+
+    register_schema()
+    launchers = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    return [RUN, WITH_WANDB, SWEEP, *([PACK] if "pack.yaml" in launchers else [])]
+
+
+# Moments
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to die: after so many seconds, or at an event (see killer/sitecustomize.py)."""
+
+    name: str
+    seconds: float | None = None
+    event: dict[str, Any] = field(default_factory=dict)
+
+
+def moment(dice: random.Random, scenario: Scenario, duration: float) -> Moment:
+    """A random one. duration: seconds of the whole command."""
+
+    def call(name: str, function: str, most: int, *when: str | float) -> Moment:
+        count = dice.randint(1, most)
+        event = {"event": "call", "function": function, "count": count, "when": dice.choice(when or ("before", "after"))}
+        return Moment(name, event=event)
+
+    def rename(name: str, file: str, most: int) -> Moment:
+        event = {"event": "rename", "file": file, "count": dice.randint(1, most), "when": dice.choice(("before", "after"))}
+        return Moment(name, event=event)
+
+    trials = 3 if scenario.study else 1
+    choices = [
+        lambda: Moment("any time", seconds=dice.uniform(0.3, 1.0) * duration),
+        lambda: call("a step", "mathverify.engine.pack:Pack.step", 4 * trials),
+        lambda: call("evaluation", "mathverify.engine.evaluate:_score_part", 4 * trials),
+        lambda: rename("checkpoint write", "step-*.safetensors", 2 * trials),
+        lambda: call("checkpoint write", "mathverify.engine.tensor_file:save_file", 2 * trials),
+        lambda: rename("result write", "result.json", 2 * trials),
+        lambda: rename("predictions write", "predictions.parquet", trials),
+        lambda: rename("adapter write", "adapter_*", trials),
+        lambda: call("a file's sync", "mathverify.files:sync", 6 * trials, "before"),
+    ]
+    if scenario.study:
+        choices += 3 * [lambda: call("study update", "mathverify.sweep.storage:Journal.append_logs", 25, "before", "after", "torn")]  # fmt: skip
+        choices.append(lambda: call("the last words", "mathverify.sweep.report:write_results", 1))
+    if scenario.wandb:
+        choices += 4 * [lambda: call("W&B finish", "mathverify.tracking:_Mirror.close", 1, "before", 0.05, 0.3, "after")]
+    return dice.choice(choices)()
+
+
+# Killing
+
+
+@dataclass
+class Tally:
+    """What came of it. ends: folders that were brought to their end and compared."""
+
+    kills: int = 0
+    ends: int = 0
+    by_moment: Counter[str] = field(default_factory=Counter)
+    by_scenario: Counter[str] = field(default_factory=Counter)
+    most_seconds_to_continue: float = 0.0
+
+
+def start(scenario: Scenario, place: Path, at: Moment | None = None) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(KILLER), str(ROOT)] if at is not None else [str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "KILL_AT": json.dumps(at.event if at else {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mathverify.train", *scenario.arguments, f"data.cache_dir='{place.parent}/cache'"],
+        cwd=place, env=environment, stdout=(place / "out.txt").open("ab"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def died(scenario: Scenario, place: Path, at: Moment) -> bool:
+    """Run the command until it is killed; False if it ended before that."""
+    process = start(scenario, place, at)
+    try:
+        code = process.wait(at.seconds if at.seconds is not None else 300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    assert code in (0, -signal.SIGKILL), f"exit code {code}: {(place / 'out.txt').read_text()[-3000:]}"
+    return code != 0
+
+
+def finish(scenario: Scenario, place: Path) -> float:
+    """Let the command end; returns its seconds."""
+    begun = time.monotonic()
+    code = start(scenario, place).wait(600)
+    assert code == 0, f"exit code {code}: {(place / 'out.txt').read_text()[-3000:]}"
+    return time.monotonic() - begun
+
+
+# What is there
+
+
+def whole(scenario: Scenario, place: Path) -> None:
+    """Open every file that a reader, or the next process, may open."""
+    from safetensors import safe_open
+
+    from mathverify.records import read_predictions, read_record
+
+    for folder in place.glob(scenario.runs):
+        if (folder / "result.json").exists():
+            read_record(folder)
+        if (folder / "predictions.parquet").exists():
+            read_predictions(folder / "predictions.parquet")
+        for file in [*folder.glob("checkpoint/*.safetensors"), *folder.glob("adapter/*.safetensors")]:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (not a dict)
+                    opened.get_tensor(key)
+        for file in folder.glob("adapter/*.json"):
+            json.loads(file.read_text())
+        if (folder / "metrics.jsonl").exists():
+            for line in (folder / "metrics.jsonl").read_text().splitlines():
+                json.loads(line)
+    if scenario.study and (journal := place / "multirun/s/study.journal").exists():
+        for line in journal.read_bytes().split(b"\n")[:-1]:  # what comes after the last line's end is torn, or nothing
+            json.loads(line)
+
+
+def finished(scenario: Scenario, place: Path) -> dict[str, tuple[int, bytes]]:
+    """{run folder: (time of writing, content)} of the results of runs that are completed."""
+    found = {}
+    for file in place.glob(f"{scenario.runs}/result.json"):
+        content = file.read_bytes()
+        if json.loads(content)["status"] == "completed":
+            found[str(file.parent.relative_to(place))] = (file.stat().st_mtime_ns, content)
+    return found
+
+
+def told(scenario: Scenario, place: Path) -> dict[int, Any]:
+    """{number: (state, parameters, values)} of the study's finished trials."""
+    if not scenario.study or not (place / "multirun/s/study.journal").exists():
+        return {}
+    import optuna
+
+    from mathverify.sweep.storage import open_storage
+
+    try:
+        study = optuna.load_study(study_name="s", storage=open_storage(None, place / "multirun/s"))
+    except KeyError:  # killed before it was made
+        return {}
+    return {t.number: (t.state.name, t.params, t.values) for t in study.trials if t.state.is_finished()}
+
+
+def end_of(scenario: Scenario, place: Path) -> dict[str, Any]:
+    """All that must be bitwise equal in the end."""
+    from mathverify.records import read_predictions
+
+    ends: dict[str, Any] = {"study": told(scenario, place)}
+    for folder in sorted(place.glob(scenario.runs)):
+        record = json.loads((folder / "result.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        ends[folder.name] = {
+            "status": record["status"],
+            "metrics": record["metrics"],
+            "steps": record["costs"]["optimizer_steps"],
+            "scores": read_predictions(folder / "predictions.parquet").scores.tobytes(),
+            "weights": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+            "losses": [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line],
+            "validations": [(line["step"], line["validation/accuracy"]) for line in lines if "validation/accuracy" in line],
+        }
+        assert not list(folder.rglob("*.tmp")), "a temporary file is left"
+    return ends
+
+
+def _require_equal(ends: dict[str, Any], calm: dict[str, Any]) -> None:
+    assert ends.keys() == calm.keys(), f"{sorted(ends)} instead of {sorted(calm)}"
+    for name, end in calm.items():
+        for key, value in end.items():
+            assert ends[name].get(key) == value, f"{name}: {key} differs from the uninterrupted run's"
+        assert ends[name].keys() == end.keys()
+
+
+# The whole
+
+
+def kill_often(times: int, seed: int, chosen: Sequence[Scenario], say: Any = print) -> Tally:
+    """Kill until `times` kills have been counted, and bring every folder to its end.
+
+    Raises:
+        AssertionError: something was torn, lost, repeated or different.
+    """
+    dice, tally = random.Random(seed), Tally()
+    with tempfile.TemporaryDirectory() as work:
+        calm: dict[str, tuple[dict[str, Any], float]] = {}
+        for scenario in chosen:
+            place = _place(work, f"calm-{scenario.name}")
+            finish(scenario, place)  # warms the cache, too
+            for old in place.glob("*"):
+                old.rename(old.with_name(f"first-{old.name}"))
+            seconds = finish(scenario, place)
+            calm[scenario.name] = (end_of(scenario, place), seconds)
+        while tally.kills < times:
+            scenario = chosen[tally.ends % len(chosen)]
+            place = _place(work, f"{tally.ends}")
+            _one_folder(scenario, place, dice, tally, times, *calm[scenario.name])
+            say(f"{tally.kills}/{times} kills, {tally.ends} folders brought to the same end ({scenario.name})")
+    return tally
+
+
+def _place(work: str, name: str) -> Path:
+    place = Path(work) / name.replace(" ", "-")
+    place.mkdir()
+    return place
+
+
+def _one_folder(
+    scenario: Scenario, place: Path, dice: random.Random, tally: Tally, times: int, calm: dict[str, Any], seconds: float
+) -> None:
+    done: dict[str, tuple[int, bytes]] = {}
+    study: dict[int, Any] = {}
+    for _ in range(dice.randint(2, MOST_KILLS)):
+        at = moment(dice, scenario, seconds)
+        was_killed = died(scenario, place, at)
+        whole(scenario, place)
+        now, trials = finished(scenario, place), told(scenario, place)
+        assert done.items() <= now.items(), "a finished run was lost or done again"
+        assert study.items() <= trials.items(), "a finished trial was lost or told again"
+        done, study = now, trials
+        if not was_killed:
+            break
+        tally.kills += 1
+        tally.by_moment[at.name] += 1
+        tally.by_scenario[scenario.name] += 1
+        if tally.kills == times:
+            break
+    tally.most_seconds_to_continue = max(tally.most_seconds_to_continue, finish(scenario, place))
+    assert done.items() <= finished(scenario, place).items(), "a finished run was lost or done again"
+    _require_equal(end_of(scenario, place), calm)
+    tally.ends += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="name of one scenario")
+    options = parser.parse_args()
+    chosen = [s for s in scenarios() if options.only in (None, s.name)]
+    begun = time.monotonic()
+    tally = kill_often(options.times, options.seed, chosen)
+    figures = asdict(tally) | {"seed": options.seed, "seconds": round(time.monotonic() - begun)}
+    write_result("kills", figures)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
