@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.faults.commands import OUT, Forked, OwnProcess, Running
+from tests.faults.killer import Event
 from tests.faults.results import write_result
 from tests.journeys.conftest import SMALL
 
-ROOT = Path(__file__).parents[2]
-KILLER = Path(__file__).parent / "killer"
 MOST_KILLS = 5
 """Of one folder, before it is left to end: a trial may be started ten times before the sweeper gives it up."""
 
@@ -70,23 +67,31 @@ def scenarios() -> list[Scenario]:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to die: after so many seconds, or at an event (see killer/sitecustomize.py)."""
+    """When to die: after so many seconds, or at an event (killer.py)."""
 
     name: str
     seconds: float | None = None
-    event: dict[str, Any] = field(default_factory=dict)
+    event: Event = field(default_factory=dict)
 
 
-def moment(dice: random.Random, scenario: Scenario, duration: float) -> Moment:
-    """A random one. duration: seconds of the whole command."""
+def moment(dice: random.Random, scenario: Scenario, duration: float, earlier: int) -> Moment:
+    """A random one. duration: seconds of the whole command. earlier: kills of this folder, after which less is left."""
+
+    def number(most: int) -> int:
+        return dice.randint(1, max(1, most // (1 + earlier)))
 
     def call(name: str, function: str, most: int, *when: str | float) -> Moment:
-        count = dice.randint(1, most)
-        event = {"event": "call", "function": function, "count": count, "when": dice.choice(when or ("before", "after"))}
+        count = number(most)
+        event = {
+            "event": "call",
+            "function": function,
+            "count": count,
+            "when": dice.choice(when or ("before", "after")),
+        }
         return Moment(name, event=event)
 
     def rename(name: str, file: str, most: int) -> Moment:
-        event = {"event": "rename", "file": file, "count": dice.randint(1, most), "when": dice.choice(("before", "after"))}
+        event = {"event": "rename", "file": file, "count": number(most), "when": dice.choice(("before", "after"))}
         return Moment(name, event=event)
 
     trials = 3 if scenario.study else 1
@@ -105,7 +110,9 @@ def moment(dice: random.Random, scenario: Scenario, duration: float) -> Moment:
         choices += 3 * [lambda: call("study update", "mathverify.sweep.storage:Journal.append_logs", 25, "before", "after", "torn")]  # fmt: skip
         choices.append(lambda: call("the last words", "mathverify.sweep.report:write_results", 1))
     if scenario.wandb:
-        choices += 4 * [lambda: call("W&B finish", "mathverify.tracking:_Mirror.close", 1, "before", 0.05, 0.3, "after")]
+        choices += 4 * [
+            lambda: call("W&B finish", "mathverify.tracking:_Mirror.close", 1, "before", 0.05, 0.3, "after")
+        ]
     return dice.choice(choices)()
 
 
@@ -118,38 +125,41 @@ class Tally:
 
     kills: int = 0
     ends: int = 0
-    by_moment: Counter[str] = field(default_factory=Counter)
-    by_scenario: Counter[str] = field(default_factory=Counter)
-    most_seconds_to_continue: float = 0.0
+    in_processes_of_their_own: int = 0
+    by_moment: dict[str, int] = field(default_factory=dict)
+    by_scenario: dict[str, int] = field(default_factory=dict)
+
+    def count(self, at: Moment, scenario: Scenario, own: bool) -> None:
+        self.kills += 1
+        self.in_processes_of_their_own += own
+        self.by_moment[at.name] = self.by_moment.get(at.name, 0) + 1
+        self.by_scenario[scenario.name] = self.by_scenario.get(scenario.name, 0) + 1
 
 
-def start(scenario: Scenario, place: Path, at: Moment | None = None) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join([str(KILLER), str(ROOT)] if at is not None else [str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "KILL_AT": json.dumps(at.event if at else {})}
-    return subprocess.Popen(
-        [sys.executable, "-m", "mathverify.train", *scenario.arguments, f"data.cache_dir='{place.parent}/cache'"],
-        cwd=place, env=environment, stdout=(place / "out.txt").open("ab"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+Start = Callable[[Sequence[str], Path, Event], Running]
 
 
-def died(scenario: Scenario, place: Path, at: Moment) -> bool:
+def died(scenario: Scenario, place: Path, at: Moment, start: Start) -> bool:
     """Run the command until it is killed; False if it ended before that."""
-    process = start(scenario, place, at)
-    try:
-        code = process.wait(at.seconds if at.seconds is not None else 300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code = process.wait()
-    assert code in (0, -signal.SIGKILL), f"exit code {code}: {(place / 'out.txt').read_text()[-3000:]}"
+    command = start(_arguments(scenario, place), place, at.event)
+    code = command.ended(at.seconds if at.seconds is not None else 300)
+    if code is None:
+        command.signal(signal.SIGKILL)
+        code = command.ended(60)
+    assert code in (0, -signal.SIGKILL), f"exit code {code}: {(place / OUT).read_text()[-3000:]}"
     return code != 0
 
 
-def finish(scenario: Scenario, place: Path) -> float:
+def finish(scenario: Scenario, place: Path, start: Start) -> float:
     """Let the command end; returns its seconds."""
     begun = time.monotonic()
-    code = start(scenario, place).wait(600)
-    assert code == 0, f"exit code {code}: {(place / 'out.txt').read_text()[-3000:]}"
+    code = start(_arguments(scenario, place), place, {}).ended(600)
+    assert code == 0, f"exit code {code}: {(place / OUT).read_text()[-3000:]}"
     return time.monotonic() - begun
+
+
+def _arguments(scenario: Scenario, place: Path) -> list[str]:
+    return [*scenario.arguments, f"data.cache_dir='{place.parent}/cache'"]
 
 
 # What is there
@@ -220,7 +230,9 @@ def end_of(scenario: Scenario, place: Path) -> dict[str, Any]:
             "scores": read_predictions(folder / "predictions.parquet").scores.tobytes(),
             "weights": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
             "losses": [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line],
-            "validations": [(line["step"], line["validation/accuracy"]) for line in lines if "validation/accuracy" in line],
+            "validations": [
+                (line["step"], line["validation/accuracy"]) for line in lines if "validation/accuracy" in line
+            ],
         }
         assert not list(folder.rglob("*.tmp")), "a temporary file is left"
     return ends
@@ -237,59 +249,70 @@ def _require_equal(ends: dict[str, Any], calm: dict[str, Any]) -> None:
 # The whole
 
 
-def kill_often(times: int, seed: int, chosen: Sequence[Scenario], say: Any = print) -> Tally:
+def kill_often(times: int, seed: int, chosen: Sequence[Scenario], say: Callable[[str], None] = print) -> Tally:
     """Kill until `times` kills have been counted, and bring every folder to its end.
+
+    Every fifth folder is worked on by processes as a user starts them, the others by forks of a warm one.
 
     Raises:
         AssertionError: something was torn, lost, repeated or different.
     """
     dice, tally = random.Random(seed), Tally()
     with tempfile.TemporaryDirectory() as work:
-        calm: dict[str, tuple[dict[str, Any], float]] = {}
-        for scenario in chosen:
-            place = _place(work, f"calm-{scenario.name}")
-            finish(scenario, place)  # warms the cache, too
-            for old in place.glob("*"):
-                old.rename(old.with_name(f"first-{old.name}"))
-            seconds = finish(scenario, place)
-            calm[scenario.name] = (end_of(scenario, place), seconds)
+        calm = {scenario.name: _calm(scenario, Path(work)) for scenario in chosen}
         while tally.kills < times:
             scenario = chosen[tally.ends % len(chosen)]
-            place = _place(work, f"{tally.ends}")
-            _one_folder(scenario, place, dice, tally, times, *calm[scenario.name])
-            say(f"{tally.kills}/{times} kills, {tally.ends} folders brought to the same end ({scenario.name})")
+            place = _new(Path(work) / str(tally.ends))
+            _one_folder(scenario, place, dice, tally, times, calm[scenario.name])
+            say(f"{tally.kills}/{times} kills, {tally.ends} folders brought to the same end (last: {scenario.name})")
+            shutil.rmtree(place)
     return tally
 
 
-def _place(work: str, name: str) -> Path:
-    place = Path(work) / name.replace(" ", "-")
-    place.mkdir()
-    return place
+@dataclass(frozen=True)
+class Calm:
+    """How a scenario ends that nobody touches. seconds: of a process of its own, and of a fork."""
+
+    end: dict[str, Any]
+    seconds: tuple[float, float]
 
 
-def _one_folder(
-    scenario: Scenario, place: Path, dice: random.Random, tally: Tally, times: int, calm: dict[str, Any], seconds: float
-) -> None:
+def _calm(scenario: Scenario, work: Path) -> Calm:
+    own, forked = (_new(work / f"calm-{scenario.name}-{how}") for how in ("own", "forked"))
+    finish(scenario, _new(work / f"first-{scenario.name}"), Forked)  # warms the cache
+    seconds = finish(scenario, own, OwnProcess), finish(scenario, forked, Forked)
+    end = end_of(scenario, own)
+    _require_equal(end_of(scenario, forked), end)
+    return Calm(end, seconds)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _one_folder(scenario: Scenario, place: Path, dice: random.Random, tally: Tally, times: int, calm: Calm) -> None:
+    own = tally.ends % 5 == 4
+    start: Start = OwnProcess if own else Forked
     done: dict[str, tuple[int, bytes]] = {}
     study: dict[int, Any] = {}
-    for _ in range(dice.randint(2, MOST_KILLS)):
-        at = moment(dice, scenario, seconds)
-        was_killed = died(scenario, place, at)
+    for earlier in range(dice.randint(2, MOST_KILLS)):
+        at = moment(dice, scenario, calm.seconds[not own], earlier)
+        was_killed = died(scenario, place, at, start)
         whole(scenario, place)
         now, trials = finished(scenario, place), told(scenario, place)
-        assert done.items() <= now.items(), "a finished run was lost or done again"
-        assert study.items() <= trials.items(), "a finished trial was lost or told again"
+        assert done.items() <= now.items(), f"a finished run was lost or done again after {at}"
+        assert study.keys() <= trials.keys() and all(trials[n] == end for n, end in study.items()), f"{at}: {trials}"
         done, study = now, trials
         if not was_killed:
             break
-        tally.kills += 1
-        tally.by_moment[at.name] += 1
-        tally.by_scenario[scenario.name] += 1
+        tally.count(at, scenario, own)
         if tally.kills == times:
             break
-    tally.most_seconds_to_continue = max(tally.most_seconds_to_continue, finish(scenario, place))
-    assert done.items() <= finished(scenario, place).items(), "a finished run was lost or done again"
-    _require_equal(end_of(scenario, place), calm)
+    finish(scenario, place, start)
+    now = finished(scenario, place)
+    assert done.items() <= now.items(), "a finished run was lost or done again"
+    _require_equal(end_of(scenario, place), calm.end)
     tally.ends += 1
 
 
