@@ -28,7 +28,7 @@ import numpy as np
 
 from mathverify.config import RunConfig, TrackingKind, TrackingMode, to_plain
 from mathverify.errors import UserError
-from mathverify.files import write_atomic
+from mathverify.files import cannot_write, write_atomic
 from mathverify.records import Predictions, Status, read_json, redact, write_json
 
 METRICS = "metrics.jsonl"
@@ -78,9 +78,7 @@ class Tracker:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._path}: cannot write ({error.strerror}): free space and run the same command again: it goes on"
-            ) from error
+            raise cannot_write(self._path, error) from error
 
     def summarize(self, values: Mapping[str, Value | str]) -> None:
         """Final numbers of the run, e.g. test metrics; result.json is their home on disk."""

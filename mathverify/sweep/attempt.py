@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.errors import CannotWrite
 from mathverify.files import write_atomic
 from mathverify.judge import judged_by
 from mathverify.records import redact
@@ -156,6 +157,10 @@ class TrialTask:
             if Worker.this() == self.home:
                 raise
             return None
+        except CannotWrite:  # no fault of the trial's: it goes on when there is space again
+            with suppress(CannotWrite):
+                attempt.released()
+            raise
         attempt.ended(outcome)
         if outcome.end is outcomes.End.failed:
             raise TrialFailed(outcome.reason)
@@ -178,6 +183,8 @@ class TrialTask:
             if error.code == INTERRUPTED:
                 raise
             return outcomes.of_exception(error, folder), None
+        except CannotWrite:
+            raise
         except Exception as error:
             text = str(redact("".join(traceback.format_exception(error))))
             folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back

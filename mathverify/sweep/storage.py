@@ -17,6 +17,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mathverify.errors import UserError
+from mathverify.files import cannot_write
 from mathverify.records import redact
 
 JOURNAL = "study.journal"
@@ -59,12 +60,15 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with self._guarded():
-            self._mend()
-            with self._path.open("ab") as file:
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            with self._guarded():
+                self._mend()
+                with self._path.open("ab") as file:
+                    file.write(lines.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

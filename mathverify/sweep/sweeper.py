@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
-from mathverify.errors import UserError
+from mathverify.errors import CannotWrite, UserError
 from mathverify.files import write_atomic
 from mathverify.records import redact
 from mathverify.sweep import report
@@ -178,6 +178,8 @@ def _launch(proposer: Proposer, launcher: Any, jobs: Sequence[Job]) -> None:
         own = error
         if place < len(returns) and returns[place].status is JobStatus.FAILED:
             failure = returns[place]._return_value
+            if isinstance(failure, CannotWrite):
+                raise failure
             own = f"{type(failure).__name__}: {' '.join(str(redact(str(failure))).split())[:300]}"
         proposer.settle(job, own)
 

@@ -50,7 +50,8 @@ def _at_rename(event: Event) -> None:
 
     def heard(name: str, arguments: Sequence[Any]) -> None:
         nonlocal over
-        if over:  # the rename is done, and this is whatever comes next
+        if over:  # the rename is done, and this is whatever comes next; the kill itself is announced, too
+            over = False
             _die()
         if name == "os.rename" and fnmatch.fnmatch(Path(os.fspath(arguments[1])).name, event["file"]) and _is_it(event):
             if event["when"] == "before":
