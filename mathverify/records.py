@@ -328,9 +328,10 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
             f"{path}: already holds another run ({_difference(record.config, to_plain(config))}): "
             "choose another run folder (hydra.run.dir=...), or delete this one"
         )
-    for leftover in path.glob(".*.tmp"):
-        if not _is_alive(leftover.suffixes):
-            leftover.unlink(missing_ok=True)
+    for folder in (path, path / CHECKPOINT, path / "adapter"):
+        for leftover in folder.glob(".*.tmp"):
+            if not _is_alive(leftover.suffixes):
+                leftover.unlink(missing_ok=True)
     if record is None:
         return FolderState.nothing
     if record.status in (Status.completed, Status.pruned):
