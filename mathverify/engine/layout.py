@@ -44,6 +44,7 @@ class Rows:
     def __init__(self, spans: list[Span], device: torch.device) -> None:
         self.spans, self.device = spans, device
         self._ends: torch.Tensor | None = None
+        self._tiles: torch.Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -61,15 +62,18 @@ class Rows:
             self._ends = values.to(self.device, non_blocking=True)
         return self._ends
 
-    def has_all(self, slots: int) -> bool:
-        """Whether every adapter has rows here."""
-        return sum(span.slot is not None for span in self.spans) == slots
-
-    def present(self, slots: int) -> torch.Tensor:
-        """int64 [slots]: 1 for adapters with rows here, else 0."""
-        here = np.zeros(slots, dtype=np.int64)
-        here[[span.slot for span in self.spans if span.slot is not None]] = 1
-        return torch.from_numpy(here).to(self.device, non_blocking=True)
+    def tiles(self, size: int) -> torch.Tensor:
+        """int32 [tiles, 3]: slot, first row and end of tiles of at most `size` rows, each within one adapter."""
+        if self._tiles is None:
+            cut = [
+                (span.slot, start, min(start + size, span.end))
+                for span in self.spans
+                if span.slot is not None
+                for start in range(span.start, span.end, size)
+            ]
+            values = torch.tensor(cut, dtype=torch.int32)
+            self._tiles = values.to(self.device, non_blocking=True)
+        return self._tiles
 
     def per_row(self, values: Sequence[float]) -> torch.Tensor:
         """float32 [rows]: for each row the value of its adapter, 1 for rows of none."""
