@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mathverify.config import RunConfig
 from mathverify.errors import RunFailed, UserError
+from mathverify.printable import printable
 
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: bad input of any kind; a run that failed by itself."""
@@ -106,6 +109,14 @@ class Preflight(Callback):
         if wrong:
             sys.exit(wrong)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra has written its files by now."""
+        _redact_files(Path(config.hydra.runtime.output_dir) / str(config.hydra.output_subdir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for the file that Hydra's own sweeper writes."""
+        _redact_files(Path(config.hydra.sweep.dir))
+
     def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> None:
         job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
         with open_dict(job):
@@ -119,6 +130,36 @@ class Preflight(Callback):
             claim_run_folder(folder, config)
         else:
             check_writable(folder)
+
+
+def _redact_files(folder: Path) -> None:
+    """Black out secrets in the config files that Hydra wrote; files without any are left alone."""
+    from mathverify.files import write_atomic
+    from mathverify.records import redact
+
+    for file in folder.glob("*.yaml"):
+        text = file.read_text("utf-8")
+        if (clean := str(redact(text))) != text:
+            write_atomic(file, clean.encode())
+
+
+def _redact_logs() -> None:
+    """Black out secrets in whatever is logged by whomever: Hydra's launchers log every job's overrides."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "is_ours", False):
+        return
+
+    def redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        from mathverify.records import redact
+
+        record = make(*arguments, **named)
+        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit: logging tells that by itself
+            lines = str(redact(record.getMessage())).split("\n")
+            record.msg, record.args = "\n".join(map(printable, lines)), ()
+        return record
+
+    redacted.is_ours = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacted)
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:
@@ -197,6 +238,7 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _check_flags(sys.argv[1:])
+        _redact_logs()
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (UserError, RunFailed, HydraException, OmegaConfBaseException) as error:
         if _wants_traceback:
@@ -267,9 +309,11 @@ def _first_words(file: Path) -> str:
 
 
 def report(error: Exception) -> int:
-    """Print the error's one line on stderr, once, and return the exit code for it."""
+    """Print the error's one line on stderr, once, without secrets; return the exit code for it."""
     if not getattr(error, "is_told", False):
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        from mathverify.records import redact
+
+        print(f"error: {printable(str(redact(one_line(error))))}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
     return FAILED if isinstance(error, RunFailed) else BAD_INPUT
 

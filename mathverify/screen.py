@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
-from mathverify.records import CHECKPOINT, RunRecord, Status
+from mathverify.printable import printable
+from mathverify.records import CHECKPOINT, RunRecord, Status, redact
 from mathverify.run import Run, Screen
 from mathverify.scoring import Interval, Metrics
 
@@ -131,25 +131,12 @@ class RunScreen(Screen):
         self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
     def _say(self, line: str) -> None:
-        self.console.print(printable(line), markup=False)
+        self.console.print(printable(str(redact(line))), markup=False)
 
     def _put_bar_away(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def printable(text: str) -> str:
-    """Text of unknown origin (names, paths, reasons) with what a terminal would obey written out, e.g. ESC as \\x1b."""
-    return "".join(c if unicodedata.category(c) not in _OBEYED else _written_out(c) for c in text)
-
-
-_OBEYED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories of control characters, direction overrides, surrogates and line ends."""
-
-
-def _written_out(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def final_table(record: RunRecord, folder: Path) -> Table:
@@ -159,7 +146,7 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     test, zero = metrics.test, metrics.zero_shot
 
     def row(name: str, value: str) -> None:
-        table.add_row(Text(name, style="bold"), Text(printable(value)))
+        table.add_row(Text(name, style="bold"), Text(printable(str(redact(value)))))
 
     if test is not None:
         row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")

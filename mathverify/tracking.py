@@ -269,7 +269,7 @@ class _Mirror:
         run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
-            group=tracking.group,
+            group=redact(tracking.group),
             name=redact(self._config.name),
             tags=[redact(tag) for tag in tracking.tags] or None,
             job_type=self._job_type,

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from mathverify.config import RunConfig, TrainConfig
 from mathverify.engine.trial import StepReport
+from mathverify.printable import printable
 from mathverify.records import Costs, RunMetrics, RunRecord, Status
 from mathverify.scoring import measure
-from mathverify.screen import RunScreen, final_table, printable
+from mathverify.screen import RunScreen, final_table
 
 CONFIG = RunConfig(train=TrainConfig(max_steps=35))
 

@@ -13,6 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.files import write_atomic
+from mathverify.printable import printable
 from mathverify.records import redact
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.proposals import is_failure, is_infeasible
@@ -23,8 +24,8 @@ RESULTS = "optimization_results.yaml"
 
 
 def say(text: str) -> None:
-    """One line or several to stdout, at once, without secrets."""
-    print(redact(text), flush=True)
+    """One line or several to stdout, at once, without secrets and without what a terminal would obey."""
+    print("\n".join(map(printable, str(redact(text)).split("\n"))), flush=True)
 
 
 def plan(session: Session, composer: Composer, validated: int) -> str:

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from mathverify.errors import UserError
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Space
+from mathverify.sweep.targets import check_targets
 
 NEEDS = {"CmaEsSampler": "cmaes", "GPSampler": "scipy", "QMCSampler": "scipy", "WilcoxonPruner": "scipy"}
 GONE = {"optuna.samplers.MOTPESampler": "optuna.samplers.TPESampler"}
@@ -81,6 +82,7 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
     Raises:
         UserError: unknown target, missing package, bad argument, or a grid over a continuous dimension.
     """
+    check_targets(settings.sampler, "hydra.sweeper.sampler")
     arguments = dict(settings.sampler)
     target = GONE.get(arguments["_target_"], arguments["_target_"])
     if target.endswith(".GridSampler") and not arguments.get("search_space"):
@@ -103,6 +105,7 @@ def make_pruner(settings: Settings) -> BasePruner:
     """
     if settings.pruner is None:
         return NopPruner()
+    check_targets(settings.pruner, "hydra.sweeper.pruner")
     target = settings.pruner["_target_"]
     given = {k: v for k, v in settings.pruner.items() if k != "_target_" and v is not None}
     arguments = _accepted(target, given, "pruner")

@@ -19,6 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from mathverify.errors import UserError
 from mathverify.files import cannot_write
 from mathverify.records import redact
+from mathverify.sweep.targets import check_targets
 
 JOURNAL = "study.journal"
 LOCK_SECONDS = 120.0
@@ -105,9 +106,12 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStor
         return _open_journal(Path(storage.removeprefix("journal://")))
     try:
         if isinstance(storage, dict):
+            check_targets(storage, "hydra.sweeper.storage")
             opened: BaseStorage = instantiate(storage)
             return opened
         return RDBStorage(with_driver(storage), engine_kwargs=_engine_options(storage))
+    except UserError:
+        raise
     except Exception as error:
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {reason}") from None
