@@ -16,7 +16,7 @@ from mathverify.engine.dropout import PassDropout, linear_key
 from mathverify.engine.layout import Rows
 from mathverify.engine.lora import Adapter
 
-TILE = 64
+TILE = 128
 """Rows of one tile; a tile never spans two adapters."""
 
 
@@ -131,13 +131,15 @@ class GroupedProducts:
             self._add_grads(1, low[:, self._low(member)], own, member, rows)
         return grad_low
 
-    def spread(self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None) -> Tensor:
-        out = grad_low.new_empty(len(grad_low), width)
-        out[: rows.first].zero_()
+    def spread(
+        self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None, into: Tensor | None = None
+    ) -> Tensor:
+        out = grad_low.new_empty(len(grad_low), width) if into is None else into
+        if into is None:
+            out[: rows.first if dropout is None else len(out)].zero_()
         if dropout is None:
-            rows_times(grad_low, self._a, out, rows)
+            rows_times(grad_low, self._a, out, rows, add=into is not None)
             return out
-        out.zero_()
         own = torch.zeros_like(out)
         for member, name in enumerate(self._names):
             rows_times(grad_low[:, self._low(member)], self._a[:, self._low(member)], own, rows)
