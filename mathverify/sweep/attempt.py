@@ -22,6 +22,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.entry import TRIAL_VARIABLE
 from mathverify.files import write_atomic
 from mathverify.judge import judged_by
 from mathverify.records import redact
@@ -33,8 +34,6 @@ from mathverify.sweep.settings import read_settings
 from mathverify.sweep.storage import STORAGE_VARIABLE
 from mathverify.sweep.study import Session, open_existing
 
-TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
-"""'NUMBER:TOKEN' in hydra.job.env_set of a trial's job: part of Hydra's own config, so of no run's fingerprint."""
 INTERRUPTED = 130
 ERROR_FILE = "error.txt"
 
@@ -71,7 +70,7 @@ class Attempt:
         if mark is None:
             return None
         number, _, token = mark.partition(":")
-        folder = Path(hydra.sweep.dir)
+        folder = Path(hydra.runtime.cwd) / hydra.sweep.dir
         session = _open.get(str(folder)) or _reopen(hydra, folder)
         return cls(session, int(number), token, session.trial(int(number))._trial_id)
 
@@ -99,7 +98,10 @@ class Attempt:
         value = metrics.get(settings.report)
         if value is None or math.isnan(value) or len(self.session.directions) > 1:
             return None
-        if step not in self._now().intermediate_values:  # a resumed trial passes the same steps again
+        seen = self._now().intermediate_values
+        if any(later > step for later in seen):  # passed before a kill, and judged good enough then
+            return None
+        if step not in seen:
             self.session.storage.set_trial_intermediate_value(self.trial_id, step, value)
         self.session.trials()  # also drops the cache, so that the pruner sees what other workers reported
         if settings.pruner is not None and study.pruner.prune(study, self._now()):
@@ -130,7 +132,7 @@ def _reopen(hydra: Any, folder: Path) -> Session:
     keys = {key: value for key, value in hydra.sweeper.items() if not key.startswith("_")}
     if os.environ.get(STORAGE_VARIABLE):
         keys["storage"] = os.environ[STORAGE_VARIABLE]
-    session = open_existing(read_settings(keys), folder)
+    session = open_existing(read_settings(keys, Path(hydra.runtime.cwd)), folder)
     remember(session)
     return session
 
