@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -151,7 +151,7 @@ class TrialScreen(RunScreen):
     """
 
     def __init__(self, config: RunConfig, folder: Path, number: int, console: Console | None = None) -> None:
-        paper = Console(file=_LateFile(folder / TRIAL_SCREEN), width=120, highlight=False, soft_wrap=True)
+        paper = Console(file=cast(TextIO, _LateFile(folder / TRIAL_SCREEN)), width=120, highlight=False, soft_wrap=True)
         super().__init__(config, folder, paper)
         self._live = RunScreen(config, folder, console, label=f"#{number}  {config.name}  ")
         self._drawn = self._live.console.is_terminal
