@@ -32,6 +32,11 @@ class Composer:
         self.ratio = lora_scale.searched(list(space.dimensions))
         self.examples: set[int] = set()
 
+    @property
+    def value_name(self) -> str:
+        """What a task's return value is called."""
+        return "validation accuracy" if _is_run(self._master) else "the task's value"
+
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The config of a job with these overrides, without the part that is Hydra's.
 

@@ -42,7 +42,7 @@ def plan(session: Session, composer: Composer, validated: int) -> str:
     objective = ", ".join(
         f"{direction} {name}"
         for direction, name in zip(
-            session.directions, settings.objective or ["the task's value"] * len(session.directions), strict=True
+            session.directions, settings.objective or [composer.value_name] * len(session.directions), strict=True
         )
     )
     lines = [
@@ -149,6 +149,16 @@ def table(session: Session) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def repeats_note(session: Session) -> str | None:
+    """Which numbers are missing in the table: proposals that were turned down, since they were run before."""
+    repeats = [
+        f"#{t.number} (as #{t.user_attrs['duplicate_of']})"
+        for t in session.trials()
+        if "duplicate_of" in t.user_attrs and not counts(t)
+    ]
+    return f"not trained again: {', '.join(repeats)}" if repeats else None
+
+
 def examples_note(session: Session) -> str | None:
     """A warning when completed trials saw different numbers of examples: more of them is an effect of its own."""
     finished = [t for t in session.trials() if t.state is TrialState.COMPLETE]
@@ -202,8 +212,7 @@ def summary(session: Session) -> str:
 def closing(session: Session, program: str) -> str:
     """The end of a sweep: table, best, and the command that runs the best again."""
     lines = [table(session)]
-    if note := examples_note(session):
-        lines.append(note)
+    lines.extend(note for note in (repeats_note(session), examples_note(session)) if note)
     best = best_trials(session, session.trials())
     several = len(session.directions) > 1
     if several and best:
