@@ -2,11 +2,11 @@
 
 The adapter adds scale * B A x to each linear, with scale = alpha / rank (alpha / sqrt(rank) with rsLoRA). A space over
 rank with alpha fixed therefore changes two things at once: alpha 32 is a scale of 2 at r16 and of 0.5 at r64, a four
-times smaller update for the same B A, as if r64 had been trained with a smaller step. More terms in B A make up for half
-of it only: AdamW moves every entry of B by about the learning rate whatever the scale is, and the norm of B A grows with
-the square root of the rank. On the embedded default, after 20 steps at one constant rate, the weight change of r64 had
-0.57 times the norm of r16's at alpha 32, and 2.3 times at alpha = rank. Part of what looks like the effect of rank is
-thus the effect of scale, whichever is held fixed, which is why the ratio can be searched too.
+times smaller update for the same B A, as if r64 had been trained with a smaller step. More terms in B A make up for
+half of it only: AdamW moves every entry of B by about the learning rate whatever the scale is, and the norm of B A
+grows with the square root of the rank. On the embedded default, after 20 steps at one constant rate, the weight change
+of r64 had 0.57 times the norm of r16's at alpha 32, and 2.3 times at alpha = rank. Part of what looks like the effect
+of rank is thus the effect of scale, whichever is held fixed, which is why the ratio can be searched too.
 
 Three ways to write a space:
 
