@@ -152,11 +152,17 @@ def refusing(folder: Path) -> Iterator[None]:
     except (UserError, RunFailed) as error:
         if _wants_traceback:
             raise
-        _take_back(folder)
-        code = report(error)
+        code = refuse(folder, error)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
         sys.exit(code)
+
+
+def refuse(folder: Path, error: Exception) -> int:
+    """Report the error of a job and take back its folder if nothing was done in it; returns the exit code for it."""
+    if folder.is_dir():
+        _take_back(folder)
+    return report(error)
 
 
 def _take_back(folder: Path) -> None:

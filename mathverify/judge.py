@@ -14,7 +14,6 @@ Judge = Callable[[int, Mapping[str, float]], str | None]
 """(step, metrics such as {'validation/accuracy': 0.7}) -> reason to stop (prune) the run there, or None to go on."""
 
 
-
 def nobody(step: int, metrics: Mapping[str, float]) -> str | None:
     """The judge of a run without a study: nobody objects."""
     return None

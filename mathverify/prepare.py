@@ -157,9 +157,6 @@ def _as_one(configs: Sequence[RunConfig]) -> RunConfig:
     if len(configs) == 1:
         return first
     examples = sum(config.train.examples_per_step for config in configs)
-    step = {"batch_size": examples, "grad_accumulation": 1, "max_steps": first.train.steps, "max_examples": None}
-    return replace(
-        first,
-        lora=replace(first.lora, rank=sum(config.lora.rank for config in configs)),
-        train=replace(first.train, **step),
-    )
+    train = replace(first.train, batch_size=examples, grad_accumulation=1, max_steps=first.train.steps)
+    train.max_examples = None
+    return replace(first, lora=replace(first.lora, rank=sum(c.lora.rank for c in configs)), train=train)

@@ -71,8 +71,8 @@ class Run:
 
     seconds: by phase; what runs do together is shared among them, a round of steps by the tokens each has in it, a
     validation or test evenly, so that the sum over all runs is the time that passed. peak: bytes, of the whole process
-    while the run was in it. most_beside: how many runs it shared a pack with, at most. error: what ended it from outside
-    (its disk, its study), for whoever started it; its record then stays as it was and the run can be continued.
+    while the run was in it. most_beside: how many runs it shared a pack with, at most. error: what ended it from
+    outside (its disk, its study), for whoever started it; its record then stays as it was and it can be continued.
     """
 
     config: RunConfig
@@ -300,17 +300,15 @@ class PackRunner:
             with _shared(judged, "evaluate"):
                 self._zero_shot()
         for run, own_validation, own_test in zip(runs, validation, test, strict=True):
-            predictions = None
+            predictions: records.Predictions | None = None
             with self._guarding(run), run.timed("evaluate"):
                 predictions = self._report(run, own_validation, own_test)
-            if predictions is None:
+            if run.error is not None:
                 self._drop(run)
             else:
                 self._close(run, Status.completed, None, predictions)
 
-    def _report(
-        self, run: Run, validation: NDArray[np.float64], test: NDArray[np.float64]
-    ) -> records.Predictions:
+    def _report(self, run: Run, validation: NDArray[np.float64], test: NDArray[np.float64]) -> records.Predictions:
         metrics = run.record.metrics
         labels = self.bench.stores["validation"].labels
         metrics.validation = self._measure("validation", validation, run.config).overall

@@ -95,7 +95,7 @@ class RunScreen(Screen):
             self._say(f"scoring {split} {done / total:.0%}")
 
     def validated(self, run: Run, metrics: Metrics) -> None:
-        said = f"validation {_share(metrics.accuracy)}"
+        said = f"validation {share(metrics.accuracy)}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, validation=said)
         else:
@@ -124,9 +124,7 @@ class RunScreen(Screen):
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
-        plain = re.fullmatch(r"[\w./-]+", str(self.folder)) is not None
-        place = f"hydra.run.dir={self.folder}" if plain else f"\"hydra.run.dir='{self.folder}'\""
-        continuing = f"{shlex.join(words)} {place}".strip()
+        continuing = f"{shlex.join(words)} {as_override('hydra.run.dir', self.folder)}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
         self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
@@ -137,6 +135,12 @@ class RunScreen(Screen):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def as_override(key: str, folder: Path) -> str:
+    """KEY=FOLDER as it can be pasted into a shell, whatever the folder is called."""
+    plain = re.fullmatch(r"[\w./-]+", str(folder)) is not None
+    return f"{key}={folder}" if plain else f"\"{key}='{folder}'\""
 
 
 def printable(text: str) -> str:
@@ -162,13 +166,13 @@ def final_table(record: RunRecord, folder: Path) -> Table:
         table.add_row(Text(name, style="bold"), Text(printable(value)))
 
     if test is not None:
-        row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
+        row("accuracy", f"{share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
         row("AUROC", _number(test.auroc))
         row("Brier", _number(test.brier))
-        row("base rate", _share(test.base_rate))
-    row("zero-shot", _share(zero.accuracy) if zero is not None else "not measured")
+        row("base rate", share(test.base_rate))
+    row("zero-shot", share(zero.accuracy) if zero is not None else "not measured")
     if metrics.tuned is not None:
-        row("tuned threshold", f"{_share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
+        row("tuned threshold", f"{share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
     if (generated := record.notes.get("generated")) is not None:
         accuracy = generated["metrics"]["accuracy"]
         row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
@@ -179,7 +183,8 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     return table
 
 
-def _share(interval: Interval) -> str:
+def share(interval: Interval) -> str:
+    """'98.9% [98.4%, 99.3%]'."""
     return _with_interval(interval, lambda x: f"{x:.1%}")
 
 
