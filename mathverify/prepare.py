@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
-from mathverify.config import DataConfig, RunConfig
+from mathverify.config import DataConfig, LossKind, OptimizerKind, RunConfig
 from mathverify.engine.budget import RESERVE, adapter_bytes, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.model import PackedModel, adopt
@@ -96,7 +96,8 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
     use_liger(model)
     at_once = _at_once(model, [config, *beside])
     longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
-    plan = plan_budget(model, _as_one([config, *beside][:at_once]), longest)
+    together = [config, *beside][:at_once]
+    plan = plan_budget(model, _largest(together), longest, len(together))
     return Workbench(
         model=model,
         model_path=model_path(config.model),
@@ -151,12 +152,15 @@ def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     return max(1, int(np.searchsorted(needed, free * RESERVE * SHARE_FOR_ADAPTERS, side="right")))
 
 
-def _as_one(configs: Sequence[RunConfig]) -> RunConfig:
-    """A config whose step has as many examples, and whose adapter as many parameters, as those of all together."""
+def _largest(configs: Sequence[RunConfig]) -> RunConfig:
+    """A config that needs as much memory in every respect as any of these."""
     first = configs[0]
-    if len(configs) == 1:
-        return first
-    examples = sum(config.train.examples_per_step for config in configs)
-    train = replace(first.train, batch_size=examples, grad_accumulation=1, max_steps=first.train.steps)
+    rank = max(config.lora.rank for config in configs)
+    targets = max((config.lora.target_modules for config in configs), key=len)
+    kind = min((config.optimizer.kind for config in configs), key=list(OptimizerKind).index)  # 8-bit state is smaller
+    examples = max(config.train.examples_per_step for config in configs)
+    loss = max((config.train.loss for config in configs), key=list(LossKind).index)
+    train = replace(first.train, batch_size=examples, grad_accumulation=1, loss=loss, max_steps=first.train.steps)
     train.max_examples = None
-    return replace(first, lora=replace(first.lora, rank=sum(c.lora.rank for c in configs)), train=train)
+    lora = replace(first.lora, rank=rank, target_modules=targets)
+    return replace(first, lora=lora, train=train, optimizer=replace(first.optimizer, kind=kind))
