@@ -155,13 +155,22 @@ def refusing(folder: Path) -> Iterator[None]:
     except (UserError, RunFailed) as error:
         if _wants_traceback:
             raise
-        _take_back(folder)
-        if trial_number() is not None:
-            raise
-        code = report(error)
+        code = refuse(folder, error)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
         sys.exit(code)
+
+
+def refuse(folder: Path, error: Exception, is_trial: bool | None = None) -> int:
+    """Report the error of a job and take back its folder if nothing was done in it; returns the exit code for it.
+
+    is_trial: of a study, which will say why the trial failed; unless given, whether this job is one.
+    """
+    if folder.is_dir():
+        _take_back(folder)
+    if trial_number() is not None if is_trial is None else is_trial:
+        return _code_of(error)
+    return report(error)
 
 
 def _take_back(folder: Path) -> None:
@@ -252,6 +261,10 @@ def report(error: Exception) -> int:
     if not getattr(error, "is_told", False):
         print(f"error: {one_line(error)}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
+    return _code_of(error)
+
+
+def _code_of(error: Exception) -> int:
     return FAILED if isinstance(error, RunFailed) else BAD_INPUT
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal to draw a bar on."""
 
-TRIAL_SCREEN = "screen.txt"
-"""In a trial's folder: what a run of its own would have shown."""
+SCREEN = "screen.txt"
+"""What a study does not show: in a trial's folder what a run of its own would have, in a study's folder its packs."""
 
 
 class RunScreen(Screen):
@@ -100,7 +100,7 @@ class RunScreen(Screen):
             self._say(f"scoring {split} {done / total:.0%}")
 
     def validated(self, run: Run, metrics: Metrics) -> None:
-        said = f"validation {_share(metrics.accuracy)}"
+        said = f"validation {share(metrics.accuracy)}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, validation=said)
         else:
@@ -129,9 +129,7 @@ class RunScreen(Screen):
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
-        plain = re.fullmatch(r"[\w./-]+", str(self.folder)) is not None
-        place = f"hydra.run.dir={self.folder}" if plain else f"\"hydra.run.dir='{self.folder}'\""
-        continuing = f"{shlex.join(words)} {place}".strip()
+        continuing = f"{shlex.join(words)} {as_override('hydra.run.dir', self.folder)}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
         self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
@@ -151,8 +149,7 @@ class TrialScreen(RunScreen):
     """
 
     def __init__(self, config: RunConfig, folder: Path, number: int, console: Console | None = None) -> None:
-        paper = Console(file=cast(TextIO, _LateFile(folder / TRIAL_SCREEN)), width=120, highlight=False, soft_wrap=True)
-        super().__init__(config, folder, paper)
+        super().__init__(config, folder, paper(folder / SCREEN))
         self._live = RunScreen(config, folder, console, label=f"#{number}  {config.name}  ")
         self._drawn = self._live.console.is_terminal
 
@@ -192,6 +189,11 @@ class TrialScreen(RunScreen):
         self._say("stopped by a signal; the study's own command continues it")
 
 
+def paper(path: Path) -> Console:
+    """A console that appends to a file, which is made with the first word."""
+    return Console(file=cast(TextIO, _LateFile(path)), width=120, highlight=False, soft_wrap=True)
+
+
 class _LateFile(io.TextIOBase):
     """Appends to a file that is made when the first word is written, so that a refused run leaves none.
 
@@ -214,6 +216,12 @@ class _LateFile(io.TextIOBase):
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
+
+
+def as_override(key: str, folder: Path) -> str:
+    """KEY=FOLDER as it can be pasted into a shell, whatever the folder is called."""
+    plain = re.fullmatch(r"[\w./-]+", str(folder)) is not None
+    return f"{key}={folder}" if plain else f"\"{key}='{folder}'\""
 
 
 def printable(text: str) -> str:
@@ -239,13 +247,13 @@ def final_table(record: RunRecord, folder: Path) -> Table:
         table.add_row(Text(name, style="bold"), Text(printable(value)))
 
     if test is not None:
-        row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
+        row("accuracy", f"{share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
         row("AUROC", _number(test.auroc))
         row("Brier", _number(test.brier))
-        row("base rate", _share(test.base_rate))
-    row("zero-shot", _share(zero.accuracy) if zero is not None else "not measured")
+        row("base rate", share(test.base_rate))
+    row("zero-shot", share(zero.accuracy) if zero is not None else "not measured")
     if metrics.tuned is not None:
-        row("tuned threshold", f"{_share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
+        row("tuned threshold", f"{share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
     if (generated := record.notes.get("generated")) is not None:
         accuracy = generated["metrics"]["accuracy"]
         row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
@@ -256,7 +264,8 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     return table
 
 
-def _share(interval: Interval) -> str:
+def share(interval: Interval) -> str:
+    """'98.9% [98.4%, 99.3%]'."""
     return _with_interval(interval, lambda x: f"{x:.1%}")
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from mathverify import entry
 from mathverify.errors import RunFailed
-from mathverify.judge import judge_run
+from mathverify.judge import current_judge
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,14 +67,16 @@ def train_one(
             with shown() as progress:
                 bench = prepare(config, interruptible(progress, stop))
             screen.prepared(bench)
-            run = open_run(config, folder, bench)
+            run = open_run(config, folder, bench, current_judge())
             if run is None:
                 return screen.finished_before(read_record(folder))
             run.spend("prepare", time.perf_counter() - start)
-            PackRunner(bench, screen, stop, judge_run).run([run])
+            PackRunner(bench, screen, stop).run([run])
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)
+        if run.error is not None:
+            raise run.error
         accuracy = screen.result(run)
     if accuracy is None:
         raise RunFailed(run.record.reason)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ def score(
     work = [(slot, row) for slot in range(len(adapters)) for row in range(len(store))]
     scores = np.full((len(adapters), len(store)), np.nan)
     lengths = [int(store.lengths[row]) for _, row in work]
-    left = cut(lengths, budget.tokens)
+    left = _passes(lengths, len(adapters), budget.tokens)
+    ready = model.ready(adapters)
     while left:
         part = [work[i] for i in left[0]]
         before = budget.tokens
         values = budget.until_it_fits(
             [int(store.lengths[row]) for _, row in part],
-            lambda part=part: _score_part(model, adapters, store, verdicts, part, budget.tokens),  # type: ignore[misc]
+            lambda part=part: _score_part(model, ready, store, verdicts, part, budget.tokens),  # type: ignore[misc]
         )
         for (slot, row), value in zip(part, values, strict=True):
             scores[slot, row] = value
@@ -58,25 +59,38 @@ def score(
     return scores
 
 
+def _passes(lengths: list[int], adapters: int, budget: int) -> list[list[int]]:
+    """Adapters share passes if the rows do not fill one; else each has passes of its own, the very ones it has alone.
+
+    lengths: of all adapters' rows, adapter after adapter. Returns indices into them, pass by pass.
+    """
+    rows = len(lengths) // adapters
+    if sum(lengths[:rows]) < budget:
+        return cut(lengths, budget)
+    own = cut(lengths[:rows], budget)
+    return [[slot * rows + i for i in indices] for slot in range(adapters) for indices in own]
+
+
 def _recut(rest: list[int], lengths: list[int], budget: int) -> list[list[int]]:
     return [[rest[i] for i in indices] for indices in cut([lengths[i] for i in rest], budget)]
 
 
 def _score_part(
     model: PackedModel,
-    adapters: Sequence[Adapter | None],
+    ready: Ready,
     store: TokenStore,
     verdicts: VerdictTokens,
     part: Sequence[tuple[int, int]],
     budget: int,
 ) -> NDArray[np.float64]:
     segments = [
-        Segment(store.ids(row), bool(store.labels[row]), None if adapters[slot] is None else slot) for slot, row in part
+        Segment(store.ids(row), bool(store.labels[row]), None if ready.adapters[slot] is None else slot)
+        for slot, row in part
     ]
     values = np.full(len(segments), np.nan)
     for indices in cut([len(s) for s in segments], budget):
         layout = PassLayout([segments[i] for i in indices], model.device)
-        with torch.no_grad(), model.host.applying(adapters, layout, training=False):
+        with torch.no_grad(), model.applying(ready, layout, training=False):
             found = layout.unsorted(model.scores(layout, verdicts.true_id, verdicts.false_id))
         values[indices] = found.double().cpu().numpy()
     return values

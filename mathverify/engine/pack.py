@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mathverify.config import LossKind
 from mathverify.engine.layout import PassLayout, Segment
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
@@ -18,16 +18,23 @@ class Pack:
     """Trials in training. One call of `step` (a round) is one optimizer step of every running trial.
 
     After an out-of-memory the round is repeated with a smaller budget; since nothing random has a state, it is the
-    same round.
+    same round. shares: of the last round's tokens, by trial; trials that failed in it are among them.
     """
 
     def __init__(self, model: PackedModel, budget: TokenBudget) -> None:
         self.model = model
         self.budget = budget
         self.trials: list[Trial] = []
+        self.shares: dict[Trial, float] = {}
 
     def add(self, trial: Trial) -> None:
+        """A trial joins from the next round on."""
         self.trials.append(trial)
+
+    def remove(self, trial: Trial) -> None:
+        """A trial leaves; the others do not notice."""
+        self.trials.remove(trial)
+        self.shares.pop(trial, None)
 
     @property
     def running(self) -> list[Trial]:
@@ -43,9 +50,11 @@ class Pack:
         rounds = [trial.segments(slot) for slot, trial in enumerate(trials)]
         segments = [segment for own in rounds for segment in own]
         losses = self.budget.until_it_fits([len(s) for s in segments], lambda: self._passes(trials, segments))
+        tokens = [sum(len(segment) for segment in own) for own in rounds]
+        self.shares = {trial: count / sum(tokens) for trial, count in zip(trials, tokens, strict=True)}
         reports = []
-        for trial, own, loss in zip(trials, rounds, losses, strict=True):
-            report = trial.update(loss / trial.loss_scale, sum(len(segment) for segment in own))
+        for trial, count, loss in zip(trials, tokens, losses, strict=True):
+            report = trial.update(loss / trial.loss_scale, count)
             if report is not None:
                 reports.append((trial, report))
         return reports
@@ -55,8 +64,9 @@ class Pack:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
+        ready = self.model.ready([trial.adapter for trial in trials])
         for kind, part in self._cut(trials, segments):
-            self._one_pass(trials, kind, PassLayout(part, self.model.device), totals)
+            self._one_pass(trials, ready, kind, PassLayout(part, self.model.device), totals)
         sums: list[float] = totals.tolist()
         return sums
 
@@ -67,10 +77,12 @@ class Pack:
             for indices in cut([len(s) for s in own], self.budget.tokens):
                 yield kind, [own[i] for i in indices]
 
-    def _one_pass(self, trials: Sequence[Trial], kind: LossKind, layout: PassLayout, totals: Tensor) -> None:
+    def _one_pass(
+        self, trials: Sequence[Trial], ready: Ready, kind: LossKind, layout: PassLayout, totals: Tensor
+    ) -> None:
         weights = torch.tensor([s.weight for s in layout.segments], device=self.model.device)
         slots = torch.tensor([s.slot for s in layout.segments], device=self.model.device)
-        with self.model.host.applying([trial.adapter for trial in trials], layout, training=True):
+        with self.model.applying(ready, layout, training=True):
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()

@@ -113,6 +113,20 @@ class Attempt:
         """Leave the outcome in the study, for a sweeper to tell."""
         self.session.storage.set_trial_user_attr(self.trial_id, "outcome", outcome.to_plain())
 
+    def returned(self, folder: Path, value: Any) -> Outcome:
+        """The outcome of a task that came to its end in `folder` and returned `value`."""
+        session = self.session
+        count = len(session.directions)
+        return outcomes.of_return(value, folder, session.settings.objective, count, self.pruned)
+
+    def raised(self, folder: Path, error: BaseException) -> Outcome:
+        """The outcome of a task that raised; the traceback is left in its folder."""
+        if isinstance(error, Exception):
+            text = str(redact("".join(traceback.format_exception(error))))
+            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
+            write_atomic(folder / ERROR_FILE, text.encode())
+        return outcomes.of_exception(error, folder)
+
     def released(self) -> None:
         """Interrupted by a signal: whoever comes next continues it, and it is no try that counts."""
         release(self.session, self._now(), self.token)
@@ -174,14 +188,10 @@ class TrialTask:
                     leased_device(config)
                 stack.enter_context(judged_by(attempt.judge))
                 returned = self.task(config)
-            count = len(session.directions)
-            return outcomes.of_return(returned, folder, session.settings.objective, count, attempt.pruned), returned
+            return attempt.returned(folder, returned), returned
         except SystemExit as error:
             if error.code == INTERRUPTED:
                 raise
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None
         except Exception as error:
-            text = str(redact("".join(traceback.format_exception(error))))
-            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
-            write_atomic(folder / ERROR_FILE, text.encode())
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None
