@@ -145,7 +145,10 @@ Sweep = Callable[..., Swept]
 
 @pytest.fixture
 def sweep_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Sweep]:
-    """`python -m mathverify.train -m ...` in this process, in tmp_path, where the base is warm after the first trial."""
+    """`python -m mathverify.train -m ...` in this process, in tmp_path, where the base is warm after the first trial.
+
+    Not for several workers (n_jobs with Hydra's basic launcher), which are this process's own command again.
+    """
     monkeypatch.chdir(tmp_path)
     handlers, level = logging.root.handlers[:], logging.root.level
 
