@@ -230,15 +230,17 @@ def test_out_of_memory_halves_the_passes_and_what_still_does_not_fit_is_infeasib
 ) -> None:
     import torch
 
+    from mathverify.engine.layout import PassLayout
     from mathverify.engine.pack import Pack
 
     calm = Pack._one_pass
 
-    def short_of_memory(self: Pack, trials: Any, kind: Any, layout: Any, totals: Any) -> None:
+    def short_of_memory(self: Pack, trials: Any, *rest: Any) -> None:
         ranks = {trial.config.lora.rank for trial in trials}
+        (layout,) = [given for given in rest if isinstance(given, PassLayout)]
         if 64 in ranks or (32 in ranks and layout.tokens > 60):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        calm(self, trials, kind, layout, totals)
+        calm(self, trials, *rest)
 
     monkeypatch.setattr(Pack, "_one_pass", short_of_memory)
     done = sweep_here(*small("sweep=rank_grid", "seed=1", f"hydra.sweeper.n_jobs={at_once}"))
