@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
@@ -70,6 +71,7 @@ def sweep(
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
+    _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     _hide_password(settings, config)
@@ -92,6 +94,7 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
+    _require_custom(settings)
     validated = composer.preflight()
     folder = study_folder(settings, config)
     session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
@@ -105,6 +108,15 @@ def _require_budget(settings: Settings, space: Space) -> None:
             "hydra.sweeper.n_trials = null means every point of the space, and this space cannot be counted: "
             "give a number"
         )
+
+
+def _require_custom(settings: Settings) -> None:
+    if (custom := settings.custom_search_space) is not None:
+        try:
+            get_method(custom)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra.sweeper.custom_search_space = {custom}: no such function: {reason}") from None
 
 
 # Running
