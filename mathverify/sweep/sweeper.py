@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
@@ -32,9 +33,9 @@ from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Heart, Worker
 from mathverify.sweep.proposals import Job, Nothing, Proposer, is_failure
 from mathverify.sweep.settings import Settings, read_settings
-from mathverify.sweep.space import parse_space, quoted
+from mathverify.sweep.space import Space, parse_space, quoted
 from mathverify.sweep.storage import STORAGE_VARIABLE, shown
-from mathverify.sweep.study import Session, open_session
+from mathverify.sweep.study import Session, look_at_session, open_session
 from mathverify.sweep.workers import is_worker, run_workers
 
 POLL_SECONDS = 0.5
@@ -69,6 +70,8 @@ def sweep(
     folder = study_folder(settings, config)
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
+    _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     _hide_password(settings, config)
@@ -77,7 +80,7 @@ def sweep(
         _write_multirun(config, session.folder)
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
-    proposer.ended = lambda trial: report.say(report.trial_line(session, trial))
+    proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
     try:
         with _interruptible():
             _run_all(proposer, context, task, config)
@@ -88,24 +91,32 @@ def sweep(
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
     """Check everything and show the plan; leave nothing behind."""
-    import tempfile
-    from dataclasses import replace
-
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
+    _require_custom(settings)
     validated = composer.preflight()
     folder = study_folder(settings, config)
-    there = settings.storage is None and (folder / "study.journal").exists()
-    if settings.storage is not None or there:  # an existing study is looked at, and only looked at
-        session = open_session(settings, space, directions(settings, config), composer.base(), folder)
-        report.say(report.plan(session, composer, validated))
-    else:
-        with tempfile.TemporaryDirectory() as empty:
-            made = replace(settings, study_name=settings.study_name or folder.name)
-            session = open_session(made, space, directions(settings, config), composer.base(), Path(empty))
-            session.folder = folder
-            report.say(report.plan(session, composer, validated))
+    session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
+    report.say(report.plan(session, composer, validated))
     report.say("dry run: nothing was started (hydra.sweeper.dry_run=true)")
+
+
+def _require_budget(settings: Settings, space: Space) -> None:
+    if settings.n_trials is None and (space.size is None or settings.custom_search_space is not None):
+        raise UserError(
+            "hydra.sweeper.n_trials = null means every point of the space, and this space cannot be counted: "
+            "give a number"
+        )
+
+
+def _require_custom(settings: Settings) -> None:
+    if (custom := settings.custom_search_space) is not None:
+        try:
+            get_method(custom)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra.sweeper.custom_search_space = {custom}: no such function: {reason}") from None
 
 
 # Running
