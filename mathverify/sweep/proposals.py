@@ -27,6 +27,7 @@ from mathverify.sweep.outcome import End, Outcome
 from mathverify.sweep.samplers import trial_seed
 from mathverify.sweep.settings import Duplicates
 from mathverify.sweep.space import Dimension, Value, quoted
+from mathverify.sweep.storage import last_outage
 from mathverify.sweep.study import Session, counts
 
 ASKS = 3
@@ -69,7 +70,7 @@ class Proposer:
     def __post_init__(self) -> None:
         self.me = Worker.this()
         self.running: dict[int, str] = {}
-        self._watch = Watch(self.session.settings.dead_after)
+        self._watch = Watch(self.session.settings.dead_after, last_outage)
         self._first: list[str | None] = []  # reasons of this command's first trials; None for one that did not fail
 
     def take(self) -> Job | Nothing:
@@ -78,38 +79,44 @@ class Proposer:
         Raises:
             UserError: the sampler cannot propose.
         """
-        with self.session.locked():
-            others = 0
-            for trial in self.session.trials():
-                if trial.state is TrialState.RUNNING and trial.number not in self.running:
-                    match self._adopt(trial):
-                        case Job() as job:
-                            return job
-                        case True:
-                            others += 1
-            return self._propose(others)
+        return self.session.alone(self._take)
+
+    def _take(self) -> Job | Nothing:
+        others = 0
+        for trial in self.session.trials():
+            if trial.state is TrialState.RUNNING and trial.number not in self.running:
+                match self._adopt(trial):
+                    case Job() as job:
+                        return job
+                    case True:
+                        others += 1
+        return self._propose(others)
 
     def settle(self, job: Job, launch_error: str | None = None) -> None:
         """A job of ours came back, somehow: tell its outcome, or leave the trial to whoever takes it over."""
-        with self.session.locked():
-            self.running.pop(job.number, None)
-            trial = self.session.trial(job.number)
-            marks = trial.user_attrs
-            if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] not in (job.token, None):
-                return
-            if "outcome" in marks:
-                self.tell(trial, Outcome.from_plain(marks["outcome"]))
-            elif launch_error is not None and marks.get("claimed") != job.token and marks["attempt"]["token"]:
-                self.tell(trial, outcomes.failed(launch_error))
+        self.running.pop(job.number, None)
+        self.session.alone(lambda: self._settle(job, launch_error))
+
+    def _settle(self, job: Job, launch_error: str | None) -> None:
+        trial = self.session.trial(job.number)
+        marks = trial.user_attrs
+        if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] not in (job.token, None):
+            return
+        if "outcome" in marks:
+            self.tell(trial, Outcome.from_plain(marks["outcome"]))
+        elif launch_error is not None and marks.get("claimed") != job.token and marks["attempt"]["token"]:
+            self.tell(trial, outcomes.failed(launch_error))
 
     def give_back(self) -> list[int]:
         """Interrupted: release what this sweeper has in hand; returns the numbers."""
-        numbers = sorted(self.running)
-        with self.session.locked():
-            for number, token in self.running.items():
+        held, self.running = self.running, {}
+
+        def section() -> None:
+            for number, token in held.items():
                 release(self.session, self.session.trial(number), token)
-        self.running.clear()
-        return numbers
+
+        self.session.alone(section)
+        return sorted(held)
 
     def beat(self) -> None:
         """A sign of life for every job in hand, queued ones too."""
@@ -145,8 +152,9 @@ class Proposer:
         if "outcome" in marks:
             self.tell(trial, Outcome.from_plain(marks["outcome"]))
             return False
-        owner = marks.get("owner")
-        if owner is not None and self._watch.is_alive(trial.number, Worker.from_plain(owner), marks.get("beat")):
+        owner = Worker.from_plain(marks["owner"]) if marks.get("owner") else None
+        # One of ours that is not in hand was cut short while it was proposed, by a database that went away.
+        if owner not in (None, self.me) and self._watch.is_alive(trial.number, owner, marks.get("beat")):
             return True
         count = marks.get("attempt", {"count": 0})["count"]
         if count >= self.session.settings.max_attempts:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -23,7 +22,9 @@ from mathverify.records import redact
 from mathverify.sweep.samplers import make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Dimension, Space
-from mathverify.sweep.storage import open_storage, shown, study_lock
+from mathverify.sweep.storage import alone, open_storage, shown
+
+T = TypeVar("T")
 
 FACTS = "mathverify"
 """Study attribute: what the study was made of (StudyFacts)."""
@@ -61,11 +62,9 @@ class Session:
     def directions(self) -> list[str]:
         return self.facts.directions
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other worker of the study proposes, takes over or tells meanwhile."""
-        with study_lock(self.storage, self.name, self.folder):
-            yield
+    def alone(self, section: Callable[[], T]) -> T:
+        """Run `section` while no other worker of the study proposes, takes over or tells; see storage.alone."""
+        return alone(self.storage, self.name, self.folder, section)
 
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as they are now; not to be changed."""
@@ -112,7 +111,8 @@ def open_session(
         objective=list(settings.objective),
         folder=str(folder.absolute()),
     )
-    with study_lock(storage, name, folder):
+
+    def make_or_check() -> tuple[optuna.Study, StudyFacts]:
         study = optuna.create_study(
             storage=storage,
             sampler=sampler,
@@ -129,10 +129,12 @@ def open_session(
                     "choose another hydra.sweeper.study_name"
                 )
             study.set_user_attr(FACTS, ours.to_plain())
-            facts = ours
-        else:
-            facts = StudyFacts(**theirs)
-            _require_same(name, facts, ours)
+            return study, ours
+        facts = StudyFacts(**theirs)
+        _require_same(name, facts, ours)
+        return study, facts
+
+    study, facts = alone(storage, name, folder, make_or_check)
     return Session(settings, study, storage, name, folder, space, facts)
 
 
@@ -144,7 +146,7 @@ def open_existing(settings: Settings, folder: Path, sampler: BaseSampler | None 
     """
     quiet_optuna()
     name = study_name(settings, folder)
-    storage = open_storage(settings.storage, folder)
+    storage = open_storage(settings.storage, folder, patient=True)
     try:
         study = optuna.load_study(
             study_name=name, storage=storage, sampler=sampler or RandomSampler(), pruner=NopPruner()
