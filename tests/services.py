@@ -198,7 +198,7 @@ def postgres_server() -> Iterator[Postgres]:
             yield server
         finally:
             if server.server is not None:
-                server.stop(signal.SIGINT)
+                server.stop(signal.SIGQUIT)  # the quickest: nothing of it is kept
 
 
 # Slurm, with accounting: without it a client waits for ever for a job that was killed

@@ -63,12 +63,13 @@ class Program:
     """The program in its own folder."""
 
     folder: Path
+    command = (sys.executable, "app.py")
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         """Sweep; study `s`, seeded, unless the overrides say otherwise."""
         standard = ["hydra.sweeper.study_name=s", "hydra.sweeper.sampler.seed=1"]
         return subprocess.Popen(
-            [sys.executable, "app.py", "-m", *standard, *overrides],
+            [*self.command, "-m", *standard, *overrides],
             cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
