@@ -21,6 +21,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import UserError
 from mathverify.files import write_atomic
 from mathverify.judge import judged_by
@@ -33,8 +34,6 @@ from mathverify.sweep.settings import read_settings
 from mathverify.sweep.storage import briefly, hidden_storage
 from mathverify.sweep.study import Session, open_existing
 
-TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
-"""'NUMBER:TOKEN' in hydra.job.env_set of a trial's job: part of Hydra's own config, so of no run's fingerprint."""
 INTERRUPTED = 130
 ERROR_FILE = "error.txt"
 
@@ -71,7 +70,7 @@ class Attempt:
         if mark is None:
             return None
         number, _, token = mark.partition(":")
-        folder = Path(hydra.sweep.dir)
+        folder = Path(hydra.runtime.cwd) / hydra.sweep.dir
         session = _open.get(str(folder)) or _reopen(hydra, folder)
         return cls(session, int(number), token, session.trial(int(number))._trial_id)
 
@@ -113,7 +112,10 @@ class Attempt:
         value = metrics.get(settings.report)
         if value is None or math.isnan(value) or len(self.session.directions) > 1:
             return None
-        if step not in self._now().intermediate_values:  # a resumed trial passes the same steps again
+        seen = self._now().intermediate_values
+        if any(later > step for later in seen):  # passed before a kill, and judged good enough then
+            return None
+        if step not in seen:
             self.session.storage.set_trial_intermediate_value(self.trial_id, step, value)
         self.session.trials()  # also drops the cache, so that the pruner sees what other workers reported
         if settings.pruner is not None and study.pruner.prune(study, self._now()):
@@ -128,6 +130,20 @@ class Attempt:
             Superseded: this process was taken for dead meanwhile (its machine was cut off, say).
         """
         self.session.alone(lambda: self.session.mark(self._still_ours(), outcome=outcome.to_plain()))
+
+    def returned(self, folder: Path, value: Any) -> Outcome:
+        """The outcome of a task that came to its end in `folder` and returned `value`."""
+        session = self.session
+        count = len(session.directions)
+        return outcomes.of_return(value, folder, session.settings.objective, count, self.pruned)
+
+    def raised(self, folder: Path, error: BaseException) -> Outcome:
+        """The outcome of a task that raised; the traceback is left in its folder."""
+        if isinstance(error, Exception):
+            text = str(redact("".join(traceback.format_exception(error))))
+            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
+            write_atomic(folder / ERROR_FILE, text.encode())
+        return outcomes.of_exception(error, folder)
 
     def released(self) -> None:
         """Interrupted by a signal: whoever comes next continues it, and it is no try that counts."""
@@ -149,7 +165,7 @@ def _reopen(hydra: Any, folder: Path) -> Session:
     keys = {key: value for key, value in hydra.sweeper.items() if not key.startswith("_")}
     if (hidden := hidden_storage()) is not None:
         keys["storage"] = hidden
-    session = open_existing(read_settings(keys), folder)
+    session = open_existing(read_settings(keys, Path(hydra.runtime.cwd)), folder)
     remember(session)
     return session
 
@@ -191,14 +207,10 @@ class TrialTask:
                     leased_device(config)
                 stack.enter_context(judged_by(attempt.judge))
                 returned = self.task(config)
-            count = len(session.directions)
-            return outcomes.of_return(returned, folder, session.settings.objective, count, attempt.pruned), returned
+            return attempt.returned(folder, returned), returned
         except SystemExit as error:
             if error.code == INTERRUPTED:
                 raise
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None
         except Exception as error:
-            text = str(redact("".join(traceback.format_exception(error))))
-            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
-            write_atomic(folder / ERROR_FILE, text.encode())
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None

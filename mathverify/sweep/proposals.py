@@ -18,9 +18,10 @@ from hydra.utils import get_method
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import UserError
 from mathverify.sweep import outcome as outcomes
-from mathverify.sweep.attempt import TRIAL_VARIABLE, release
+from mathverify.sweep.attempt import release
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Watch, Worker
 from mathverify.sweep.outcome import End, Outcome
@@ -259,10 +260,10 @@ class Proposer:
     # When to stop
 
     def _is_finished(self, trials: list[FrozenTrial], repeats: int) -> bool:
-        settings, space = self.session.settings, self.session.space
+        space = self.session.space
         counted = sum(counts(trial) and trial.state is not TrialState.WAITING for trial in trials)
-        if counted >= settings.n_trials:
-            self.why = f"the budget of {settings.n_trials} trials is used"
+        if counted >= self.session.budget:
+            self.why = f"the budget of {self.session.budget} trials is used"
         elif self._asks_again and self._has_all_points(trials):
             self.why = f"all {space.size} points of the space are done"
         if repeats >= MOST_REPEATS:
@@ -285,10 +286,10 @@ class Proposer:
         ]:
             self.why = f"stopped: the first {len(first)} trials all failed for the same reason: {first[0]}"
             self.problem = True
-        elif failures and len(failures) > settings.max_failure_rate * settings.n_trials:
+        elif failures and len(failures) > settings.max_failure_rate * self.session.budget:
             self.why = (
                 f"stopped: {len(failures)} trials failed, more than max_failure_rate = {settings.max_failure_rate:g} "
-                f"of {settings.n_trials}; the last: {failures[-1].user_attrs.get('reason')}"
+                f"of {self.session.budget}; the last: {failures[-1].user_attrs.get('reason')}"
             )
             self.problem = True
         return self.problem

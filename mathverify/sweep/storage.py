@@ -120,7 +120,37 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path, patient: bo
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {_reason(error)}") from None
+        raise _cannot_open(storage, error) from None
+
+
+def existing_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStorage | None:
+    """As `open_storage`, for a look: None, and nothing is made, where there is no study yet.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    if storage is None or (isinstance(storage, str) and storage.startswith("journal://")):
+        path = folder / JOURNAL if storage is None else Path(str(storage).removeprefix("journal://"))
+        return JournalStudy(path) if path.exists() else None
+    if isinstance(storage, str):
+        from sqlalchemy import create_engine, inspect, make_url
+
+        try:
+            url = make_url(with_driver(storage))
+            if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+                return None
+            engine = create_engine(url, **_engine_options(storage))
+            there = inspect(engine).has_table("studies")
+            engine.dispose()
+        except Exception as error:
+            raise _cannot_open(storage, error) from None
+        if not there:
+            return None
+    return open_storage(storage, folder)
+
+
+def _cannot_open(storage: str | dict[str, Any], error: Exception) -> UserError:
+    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {_reason(error)}")
 
 
 class JournalStudy(JournalStorage):

@@ -31,9 +31,9 @@ from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Heart, Worker
 from mathverify.sweep.proposals import Job, Nothing, Proposer, is_failure
 from mathverify.sweep.settings import Settings, read_settings
-from mathverify.sweep.space import parse_space, quoted
+from mathverify.sweep.space import Space, parse_space, quoted
 from mathverify.sweep.storage import briefly, hidden_storage, hide_password, shown
-from mathverify.sweep.study import Session, open_session
+from mathverify.sweep.study import Session, look_at_session, open_session
 from mathverify.sweep.workers import is_worker, run_workers
 
 POLL_SECONDS = 0.5
@@ -63,20 +63,21 @@ def sweep(
         SystemExit: see the module's exit codes; not raised for 0.
     """
     settings = read_settings(keys)
+    _hide_password(settings, config)
     if settings.dry_run:
         return _dry_run(settings, context, config, arguments)
     folder = study_folder(settings, config)
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
     validated = 0 if is_worker() else composer.preflight()
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
-    _hide_password(settings, config)
     remember(session)
     if not is_worker():
         _write_multirun(config, session.folder)
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
-    proposer.ended = lambda trial: report.say(report.trial_line(session, trial))
+    proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
     try:
         with _interruptible():
             _run_all(proposer, context, task, config)
@@ -87,24 +88,22 @@ def sweep(
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
     """Check everything and show the plan; leave nothing behind."""
-    import tempfile
-    from dataclasses import replace
-
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
     validated = composer.preflight()
     folder = study_folder(settings, config)
-    there = settings.storage is None and (folder / "study.journal").exists()
-    if settings.storage is not None or there:  # an existing study is looked at, and only looked at
-        session = open_session(settings, space, directions(settings, config), composer.base(), folder)
-        report.say(report.plan(session, composer, validated))
-    else:
-        with tempfile.TemporaryDirectory() as empty:
-            made = replace(settings, study_name=settings.study_name or folder.name)
-            session = open_session(made, space, directions(settings, config), composer.base(), Path(empty))
-            session.folder = folder
-            report.say(report.plan(session, composer, validated))
+    session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
+    report.say(report.plan(session, composer, validated))
     report.say("dry run: nothing was started (hydra.sweeper.dry_run=true)")
+
+
+def _require_budget(settings: Settings, space: Space) -> None:
+    if settings.n_trials is None and (space.size is None or settings.custom_search_space is not None):
+        raise UserError(
+            "hydra.sweeper.n_trials = null means every point of the space, and this space cannot be counted: "
+            "give a number"
+        )
 
 
 # Running

@@ -1,10 +1,12 @@
-"""A program of a few lines under the sweeper: what it returns is known, and every call of it is written down."""
+"""What is swept here: a program of a few lines, of which every call is written down; and the embedded default, small."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial
 
+from mathverify import entry
 from mathverify.sweep.storage import open_storage
+from mathverify.train import task
+from tests.journeys.conftest import SMALL
 
 APP = """\
 import os, sys, time
@@ -35,6 +40,8 @@ def app(config):
     time.sleep(config.seconds)
     if config.fail == "always" or config.fail == config.y:
         raise ValueError(f"no luck with y = {config.y}")
+    if config.fail == "memory" and config.x > 5:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if config.fail == "undefined":
         return float("nan")
     if config.fail == "two":
@@ -109,3 +116,51 @@ def make_program(folder: Path) -> Program:
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
     return make_program(tmp_path / "program")
+
+
+# Trials of the embedded default
+
+
+def study_of(folder: Path, name: str) -> optuna.Study:
+    """A study in the journal of its folder."""
+    return optuna.load_study(study_name=name, storage=open_storage(None, folder))
+
+
+def small(*arguments: str) -> list[str]:
+    """The arguments, and the smallest sizes for every setting that they leave open; the batch may be searched."""
+    chosen = {argument.partition("=")[0] for argument in arguments} | {"train.batch_size"}
+    return [*arguments, *(s for s in SMALL if s.partition("=")[0] not in chosen)]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """How a sweep ended: its exit code, what it printed, and where."""
+
+    code: int
+    out: str
+    folder: Path
+
+
+Sweep = Callable[..., Swept]
+
+
+@pytest.fixture
+def sweep_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Sweep]:
+    """`python -m mathverify.train -m ...` in this process, in tmp_path, where the base is warm after the first trial."""
+    monkeypatch.chdir(tmp_path)
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run(*arguments: str) -> Swept:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *arguments, f"data.cache_dir='{tmp_path}/cache'"])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # entry.main sets it for its own process
+        code = 0
+        try:
+            entry.main(task)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capfd.readouterr()
+        return Swept(code, said.out + said.err, tmp_path)
+
+    yield run
+    logging.root.handlers[:], logging.root.level = handlers, level
