@@ -27,7 +27,7 @@ from mathverify.files import write_atomic
 from mathverify.judge import judged_by
 from mathverify.records import redact
 from mathverify.sweep import outcome as outcomes
-from mathverify.sweep.lease import leased_device
+from mathverify.sweep.lease import give_device_back, leased_device
 from mathverify.sweep.liveness import Heart, Worker
 from mathverify.sweep.outcome import Outcome
 from mathverify.sweep.settings import read_settings
@@ -205,6 +205,8 @@ class TrialTask:
                 stack.enter_context(Heart(attempt.beat))
                 if session.settings.lease_devices:
                     leased_device(config)
+                    if Worker.this() != self.home:  # a launcher's process may live on with nothing to do
+                        stack.callback(give_device_back)
                 stack.enter_context(judged_by(attempt.judge))
                 returned = self.task(config)
             return attempt.returned(folder, returned), returned

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -72,6 +72,7 @@ class Proposer:
         self.me = Worker.this()
         self.running: dict[int, str] = {}
         self._watch = Watch(self.session.settings.dead_after, last_outage)
+        self._fruitless = 0  # launches in a row of which no job began
         self._first: list[str | None] = []  # reasons of this command's first trials; None for one that did not fail
 
     def take(self) -> Job | Nothing:
@@ -83,6 +84,8 @@ class Proposer:
         return self.session.alone(self._take)
 
     def _take(self) -> Job | Nothing:
+        if self.problem:
+            return Nothing.over
         others = 0
         for trial in self.session.trials():
             if trial.state is TrialState.RUNNING and trial.number not in self.running:
@@ -107,6 +110,34 @@ class Proposer:
             self.tell(trial, Outcome.from_plain(marks["outcome"]))
         elif launch_error is not None and marks.get("claimed") != job.token and marks["attempt"]["token"]:
             self.tell(trial, outcomes.failed(launch_error))
+
+    def launch_failed(self, jobs: Sequence[Job], error: str) -> None:
+        """A launcher raised in the middle of a batch, as for a job that was killed; tell those that came to an end.
+
+        Those that began are their workers', or taken over if these are dead. Those that did not are released: a job
+        that still waits in a queue will find itself superseded. When nothing began several times in a row, it is the
+        launcher that fails, and the sweep stops.
+        """
+        for job in jobs:
+            self.running.pop(job.number, None)
+        began = self.session.alone(lambda: [self._salvage(job) for job in jobs])
+        self._fruitless = 0 if any(began) else self._fruitless + 1
+        if self._fruitless >= self.session.settings.stop_after_same_failures:
+            self.why = f"stopped: {self._fruitless} times in a row no trial began: {error}"
+            self.problem = True
+
+    def _salvage(self, job: Job) -> bool:
+        """Whether the job had begun."""
+        trial = self.session.trial(job.number)
+        marks = trial.user_attrs
+        if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] != job.token:
+            return True
+        if "outcome" in marks:
+            self.tell(trial, Outcome.from_plain(marks["outcome"]))
+        elif marks.get("claimed") != job.token:
+            release(self.session, trial, job.token)
+            return False
+        return True
 
     def give_back(self) -> list[int]:
         """Interrupted: release what this sweeper has in hand; returns the numbers."""

@@ -166,14 +166,16 @@ def _batches(proposer: Proposer, launcher: Any, size: int) -> None:
 
 
 def _launch(proposer: Proposer, launcher: Any, jobs: Sequence[Job]) -> None:
-    error: str | None = None
-    returns: Sequence[JobReturn] = []
     try:
-        returns = launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=jobs[0].number)
+        returns: Sequence[JobReturn] = launcher.launch(
+            [list(job.overrides) for job in jobs], initial_job_idx=jobs[0].number
+        )
     except Exception as trouble:  # a launcher that lost a job raises; the study knows how each trial ended
-        error = f"the launcher failed: {type(trouble).__name__}: {' '.join(str(redact(str(trouble))).split())[:300]}"
+        words = " ".join(str(redact(str(trouble))).split())[:300]
+        proposer.launch_failed(jobs, f"the launcher failed: {type(trouble).__name__}: {words}")
+        return
     for place, job in enumerate(jobs):
-        own = error
+        own = None
         if place < len(returns) and returns[place].status is JobStatus.FAILED:
             failure = returns[place]._return_value
             own = f"{type(failure).__name__}: {' '.join(str(redact(str(failure))).split())[:300]}"

@@ -81,10 +81,10 @@ class Program:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def sweep(self, *overrides: str, code: int = 0) -> str:
+    def sweep(self, *overrides: str, code: int = 0, seconds: float = 60) -> str:
         """Sweep to the end; what it printed."""
         process = self.start(*overrides)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=seconds)
         assert process.returncode == code, out + err
         return out + err
 
