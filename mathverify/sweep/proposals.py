@@ -140,15 +140,20 @@ class Proposer:
         return True
 
     def give_back(self) -> list[int]:
-        """Interrupted: release what this sweeper has in hand; returns the numbers."""
+        """Interrupted: release what this sweeper has in hand; returns the numbers.
+
+        Not what a job of a launcher has begun: that may go on without us, and leaves its outcome in the study.
+        """
         held, self.running = self.running, {}
 
-        def section() -> None:
-            for number, token in held.items():
-                release(self.session, self.session.trial(number), token)
+        def section() -> list[int]:
+            trials = [self.session.trial(number) for number in sorted(held)]
+            ours = [t for t in trials if t.user_attrs.get("owner") in (None, self.me.to_plain())]
+            for trial in ours:
+                release(self.session, trial, held[trial.number])
+            return [trial.number for trial in ours]
 
-        self.session.alone(section)
-        return sorted(held)
+        return self.session.alone(section)
 
     def beat(self) -> None:
         """A sign of life for every job in hand, queued ones too."""

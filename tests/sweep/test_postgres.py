@@ -41,14 +41,11 @@ def trials_in(storage: str | None, program: Program) -> list[FrozenTrial]:
 
 def several(program: Program, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
     """The same command `count` times; what each says goes to its own file, as a full pipe would stop it."""
-    command = [*SPACE, "hydra.sweeper.sampler.seed=1", "hydra.sweeper.study_name=s", *overrides]
-    return [_start(program, program.folder / f"worker{place}.txt", command) for place in range(count)]
-
-
-def _start(program: Program, file: Path, overrides: list[str]) -> subprocess.Popen[str]:
-    command, environment = [*program.command, "-m", *overrides], os.environ | {"OMP_NUM_THREADS": "1"}
-    with file.open("w") as said:
-        return subprocess.Popen(command, cwd=program.folder, env=environment, text=True, stdout=said, stderr=said)
+    workers = []
+    for place in range(count):
+        with (program.folder / f"worker{place}.txt").open("w") as said:
+            workers.append(program.start(*SPACE, *overrides, said=said))
+    return workers
 
 
 def finish(program: Program, workers: list[subprocess.Popen[str]], killed: set[int], seconds: float) -> None:
