@@ -259,7 +259,9 @@ def _first_words(file: Path) -> str:
 def report(error: Exception) -> int:
     """Print the error's one line on stderr, once, and return the exit code for it."""
     if not getattr(error, "is_told", False):
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        from mathverify.records import redact
+
+        print(f"error: {redact(one_line(error))}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
     return _code_of(error)
 
