@@ -75,7 +75,7 @@ class Packs:
     def _one_pack(self) -> None:
         """The first ticket in hand and all that share its base, and those that follow them."""
         self.first = self.held[0]
-        crew = [ticket for ticket in self.held if ticket.base == self.first.base]
+        crew = [ticket for ticket in self.held if ticket.base == self.first.base][: self.most]
         self.held = [ticket for ticket in self.held if ticket not in crew]
         crew = [ticket for ticket in crew if ticket.has_begun or ticket.begin()]
         runs = self._opened(crew) if crew else []
