@@ -136,7 +136,12 @@ def test_a_base_is_not_held_twice() -> None:
 def test_other_architectures_run_through_transformers(rows: Rows) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     base: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, intermediate_size=64, max_position_embeddings=128))
     model = PackedModel(Base(base.requires_grad_(False).eval(), torch.device("cpu"), torch.float32, "random"))
     assert model.fast is None
