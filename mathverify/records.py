@@ -115,8 +115,10 @@ class Provenance:
 class RunRecord:
     """result.json. Times are ISO 8601 in UTC; `config` is `to_plain` of the resolved RunConfig.
 
-    fingerprint: of the settings that decide the result. data_fingerprint, base_fingerprint: of the rows and of the
-    frozen base. device: as used ("cpu", "cuda:0 NVIDIA H200"). reason: why a run failed or was cut short.
+    fingerprint: of the settings that decide the result. data_fingerprint, base_fingerprint: of the training rows as
+    tokenised and of the frozen base. test_fingerprint: of the test rows themselves, whatever the prompt: only runs that
+    share it can be compared row by row. device: as used ("cpu", "cuda:0 NVIDIA H200"). reason: why a run failed or was
+    cut short.
     """
 
     name: str
@@ -131,6 +133,7 @@ class RunRecord:
     reason: str | None = None
     device: str | None = None
     data_fingerprint: str | None = None
+    test_fingerprint: str | None = None
     base_fingerprint: str | None = None
     metrics: RunMetrics = field(default_factory=RunMetrics)
     costs: Costs = field(default_factory=Costs)
