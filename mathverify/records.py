@@ -263,24 +263,28 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 def read_predictions(path: Path) -> Predictions:
     """Read predictions.parquet back. Raises UserError when missing, torn, or without the columns."""
+    table = read_prediction_table(path)
+    return Predictions(
+        table["id"].to_pylist(),
+        table["group"].to_pylist(),
+        table["slice"].to_pylist(),
+        table["is_correct"].to_numpy(),
+        table["score"].to_numpy(),
+    )
+
+
+def read_prediction_table(path: Path) -> pyarrow.Table:
+    """The columns of predictions.parquet but for probability, as Arrow holds them. Raises as `read_predictions`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = ["id", "group", "slice", "is_correct", "score"]
     try:
-        table = pq.read_table(path, columns=names, memory_map=True)
-        columns = {name: table.column(name) for name in names}
+        return pq.read_table(path, columns=names, memory_map=True).select(names)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path}: not readable as predictions ({_one_line(str(error))}): run the evaluation again"
         ) from None
-    return Predictions(
-        columns["id"].to_pylist(),
-        columns["group"].to_pylist(),
-        columns["slice"].to_pylist(),
-        columns["is_correct"].to_numpy(),
-        columns["score"].to_numpy(),
-    )
 
 
 def fingerprint(config: RunConfig) -> str:
