@@ -45,6 +45,11 @@ class RightTable:
     def questions(self) -> int:
         return len(self.sizes)
 
+    def of(self, runs: Sequence[RunView]) -> NDArray[np.bool_]:
+        """bool [runs, n]: the rows of `right` of these runs."""
+        chosen: NDArray[np.bool_] = self.right[[self.place[run] for run in runs]]
+        return chosen
+
     @functools.cached_property
     def place(self) -> dict[RunView, int]:
         """Which row of `right` is a run's."""

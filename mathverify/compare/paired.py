@@ -64,7 +64,7 @@ def compare_runs(
     one, many, rows = np.asarray(first, bool), np.atleast_2d(np.asarray(others, bool)), np.asarray(codes)
     questions = int(rows.max()) + 1
     sizes = np.bincount(rows, minlength=questions).astype(np.float64)
-    gaps = np.stack([np.bincount(rows, one.astype(float) - other, questions) for other in many])
+    gaps = np.stack([np.bincount(rows, one.astype(float) - other, questions) for other in many]).astype(np.float64)
     drawn = _replicates(gaps, sizes, resamples, seed)
     found = []
     for gap, replicates, other in zip(gaps, drawn, many, strict=True):

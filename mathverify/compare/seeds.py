@@ -164,11 +164,11 @@ def compare_configurations(
     """
     shared = sorted(set(first.seeds) & set(second.seeds))
     paired = len(shared) >= max(PAIR_FROM, 0.75 * max(len(first.runs), len(second.runs)))
-    sides = []
-    for side in (first, second):
-        chosen = [run for run in side.runs if not paired or run.seed in shared]
-        sides.append(per_question(table.right[[table.place[run] for run in chosen]], table.codes))
-    return compare_seeded(*sides, table.sizes, paired=paired, confidence=confidence)
+    one, two = (
+        per_question(table.of([run for run in side.runs if not paired or run.seed in shared]), table.codes)
+        for side in (first, second)
+    )
+    return compare_seeded(one, two, table.sizes, paired=paired, confidence=confidence)
 
 
 def mean_interval(sums: ArrayLike, sizes: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:

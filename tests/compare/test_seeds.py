@@ -174,7 +174,8 @@ def test_needs_name_what_helps() -> None:
 
 
 def test_more_power_needs_more() -> None:
-    found = compare_runs(*(np.random.default_rng(i).random(500) < 0.7 + 0.04 * i for i in (0, 1)), np.arange(500))[0]
+    one, two = (np.random.default_rng(i).random(500) < 0.7 + 0.04 * i for i in (0, 1))
+    (found,) = compare_runs(one, two, np.arange(500))
     rows = [needs_of_runs(found, 0.05, power).rows for power in (0.5, 0.8, 0.95)]
     stricter = needs_of_runs(found, 0.005).rows
     assert None not in rows and rows == sorted(set(rows), key=lambda r: r or 0)
@@ -188,6 +189,6 @@ def test_configurations_are_runs_equal_but_for_the_seed(make: Make, tmp_path: Pa
     found = configurations(read_runs([tmp_path]).runs)
     assert [c.params for c in found] == [{"lora.rank": r, "lora.alpha": float(r)} for r in (16, 64)]
     assert [c.seeds for c in found] == [[1, 2], [1, 2]]
-    accuracies = [run.accuracy.value for run in found[0].runs if run.accuracy is not None]
+    accuracies = [run.accuracy.value or 0.0 for run in found[0].runs if run.accuracy is not None]
     assert found[0].mean == pytest.approx(np.mean(accuracies))
     assert found[0].spread == pytest.approx(np.std(accuracies, ddof=1))
