@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,7 @@ def _read(run: RunView, rows: dict[str, pyarrow.Table]) -> tuple[NDArray[np.bool
     Runs of one test set hold equal columns, which Arrow sees at once; only the first of them is sorted by Python.
     """
     import pyarrow as pa
+    import pyarrow.compute
 
     path = run.folder / PREDICTIONS
     table = read_prediction_table(path)
@@ -104,8 +105,15 @@ def _read(run: RunView, rows: dict[str, pyarrow.Table]) -> tuple[NDArray[np.bool
         if len(set(about["id"].to_pylist())) < len(about):
             raise UserError(f"{path}: an id stands in several rows, so rows cannot be paired: give ids that differ")
         rows[key] = about
-    said = table["score"].to_numpy() > 0
-    return said == table["is_correct"].to_numpy(), key
+    said = _numbers(table["score"], pa.float64()) > 0
+    return said == _numbers(table["is_correct"], pa.uint8()), key
+
+
+def _numbers(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> NDArray[Any]:
+    """A column as NumPy sees it; by DLPack, since Arrow's own to_numpy imports pandas."""
+    array = column.cast(kind).combine_chunks()
+    numbers: NDArray[Any] = np.from_dlpack(array)
+    return numbers
 
 
 def _check(path: object, table: pyarrow.Table) -> None:
@@ -120,7 +128,7 @@ def _check(path: object, table: pyarrow.Table) -> None:
 
 
 def _codes(about: pyarrow.Table) -> NDArray[np.int64]:
-    _, codes = np.unique(about["group"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    _, codes = np.unique(np.array(about["group"].to_pylist(), dtype=str), return_inverse=True)
     numbered: NDArray[np.int64] = codes.astype(np.int64)
     return numbered
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,18 @@ test_seeds.py has the world): paired 9-13% with two seeds, 5-8% with three, 5-7%
 
 @dataclass(eq=False)
 class Configuration:
-    """Runs equal but for the seed, in order of seeds. params: the settings that differ between configurations."""
+    """Runs equal but for the seed, in order of seeds. params: the settings that differ between configurations.
+
+    A run that is looked at on its own is a configuration of one, its seed among the params.
+    """
 
     runs: list[RunView]
     params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """'rank=16 alpha=32'; the run's own label where no setting differs."""
+        return spelt(self.params) or self.runs[0].label
 
     @property
     def seeds(self) -> list[int]:
@@ -60,6 +68,33 @@ class Configuration:
         """Mean validation accuracy; None where a run has none."""
         found = [run.validation_accuracy for run in self.runs]
         return None if None in found else float(_values(found).mean())
+
+
+def spelt(params: Mapping[str, Any]) -> str:
+    """'rank=16 alpha=32': the last part of each key is enough where it is unique."""
+    names = short_names(list(params))
+    return " ".join(f"{names[key]}={value_text(value)}" for key, value in params.items())
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last part where no other key ends alike, else the whole key."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {key: end if last.count(end) == 1 else key for key, end in zip(keys, last, strict=True)}
+
+
+def value_text(value: Any) -> str:
+    """A setting as a person writes it on the command line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case list() | dict():
+            return json.dumps(value, ensure_ascii=False)
+        case _:
+            return str(value)
 
 
 def _values(found: Sequence[float | None]) -> Floats:
