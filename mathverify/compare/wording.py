@@ -98,10 +98,15 @@ def needs_text(needs: Needs | None, verdict: Verdict) -> str:
     if needs.seeds is not None:
         now = min(len(entry.runs) for entry in verdict.entries if entry not in verdict.untested)
         ways.append(f"about {rounded(needs.seeds)} seeds each (now {now:,})")
+    if needs.both is not None:
+        rows, seeds = needs.both
+        ways.append(f"about {rounded(rows)} test rows and {rounded(seeds)} seeds each together; neither alone does it")
     if not ways:
-        return "out of reach with rows or seeds alone"
-    alone = "; more rows alone do not do it" if verdict.by is By.configuration and needs.rows is None else ""
-    alone = "; more seeds alone do not do it" if verdict.by is By.configuration and needs.seeds is None else alone
+        return "out of reach"
+    alone = ""
+    if verdict.by is By.configuration and needs.both is None:
+        alone = "; more rows alone do not do it" if needs.rows is None else alone
+        alone = "; more seeds alone do not do it" if needs.seeds is None else alone
     return f"{' or '.join(ways)}, for {needs.power:.0%} power{alone}"
 
 
