@@ -110,9 +110,7 @@ def run(
     write_record(folder, record)
 
 
-def _curves(
-    path: Path, steps: int, quality: float, batch: int, random: np.random.Generator, *, diverges: bool
-) -> None:
+def _curves(path: Path, steps: int, quality: float, batch: int, random: np.random.Generator, *, diverges: bool) -> None:
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         loss = 0.72 * np.exp(-step * quality / 150) + 0.05 + abs(random.normal(0, 0.05))
@@ -122,5 +120,7 @@ def _curves(
         if step % 20 == 0 and not broken:
             accuracy = float(np.clip(0.5 + 0.45 * (1 - np.exp(-step * quality / 80)) + random.normal(0, 0.01), 0, 1))
             bounds = {"_low": max(0.0, accuracy - 0.04), "_high": min(1.0, accuracy + 0.03), "": accuracy}
-            lines.append({"step": step, "time": 1e9 + step, **{f"validation/accuracy{k}": v for k, v in bounds.items()}})
+            lines.append(
+                {"step": step, "time": 1e9 + step, **{f"validation/accuracy{k}": v for k, v in bounds.items()}}
+            )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

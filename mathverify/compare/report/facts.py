@@ -10,16 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from mathverify import records
-from mathverify.compare.report.entries import Entry
-from mathverify.records import Predictions, Status
+from mathverify.compare.reading import Comparison, RunView, State
+from mathverify.errors import UserError
+from mathverify.records import Predictions
 from mathverify.scoring import ECE_BINS, Interval, Metrics, wilson
 
 MOST_RUNS = 500
@@ -74,6 +73,7 @@ class Facts:
     predictions: dict[int, Predictions] = field(default_factory=dict)
     zero_shot: Interval | None = None
     sampled: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     total_runs: int = 0
 
     @property
@@ -81,53 +81,47 @@ class Facts:
         return [row for row in self.runs if row["accuracy"] is not None]
 
 
-def gather(entries: Sequence[Entry]) -> Facts:
-    """Rank the runs and make every figure's numbers. Reads metrics.jsonl and predictions.parquet of `MOST_DETAILED`."""
-    ranked = sorted(entries, key=_rank)
+def gather(comparison: Comparison) -> Facts:
+    """Rank the runs and make every figure's numbers. Reads curves and predictions of `MOST_DETAILED` runs."""
+    ranked = sorted(comparison.runs, key=_rank)
     kept = ranked[:MOST_RUNS]
-    parameters = find_parameters([entry.record.config for entry in kept])
-    facts = Facts([], parameters, [], total_runs=len(entries))
+    parameters = find_parameters(kept, comparison.varying)
+    facts = Facts([], parameters, [], total_runs=len(ranked))
     if len(ranked) > len(kept):
-        facts.sampled.append(f"the table and the figures hold the best {len(kept)} of {len(ranked):,} runs")
-    seeds = parameters_of_seed(parameters)
-    order = {id(entry): place for place, entry in enumerate(sorted(kept, key=lambda e: e.record.started))}
-    for number, entry in enumerate(kept):
-        facts.runs.append(_run_row(number, entry, parameters, seeds, order[id(entry)]))
+        facts.sampled.append(f"table and figures hold the best {len(kept)} of {len(ranked):,} runs")
+    order = {run: place for place, run in enumerate(sorted(kept, key=lambda run: (run.started == "", run.started)))}
+    facts.runs = [_run_row(number, run, parameters, order[run]) for number, run in enumerate(kept)]
     facts.configurations = list(dict.fromkeys(row["configuration"] for row in facts.runs))
-    zero = [e.record.metrics.zero_shot.accuracy for e in kept if e.record.metrics.zero_shot is not None]
+    zero = [run.zero_shot.accuracy for run in kept if run.zero_shot is not None]
     facts.zero_shot = zero[0] if zero and len({z.value for z in zero}) == 1 else None
     _add_details(facts, kept)
     return facts
 
 
-def _rank(entry: Entry) -> tuple[int, float, str]:
-    test = entry.record.metrics.test
-    if test is None or test.accuracy.value is None:
-        return (1 + (entry.record.status is Status.failed), 0.0, entry.name)
-    return (0, -test.accuracy.value, entry.name)
+def _rank(run: RunView) -> tuple[int, float, str]:
+    """Best first; then what repeats another run, what is unfinished, and what failed."""
+    if run.counts and run.test is not None and run.test.accuracy.value is not None:
+        return (0, -run.test.accuracy.value, run.label)
+    return (1 if run.repeats else 3 if run.state in (State.failed, State.unreadable) else 2, 0.0, run.label)
 
 
 # Settings that differ
 
 
-def find_parameters(configs: Sequence[dict[str, Any]]) -> list[Parameter]:
-    """Settings with more than one value among the runs, the mission's three first; those that only move together as one.
-
-    Settings that decide where a run goes rather than what comes out (tracking, device, threads, ...) don't count.
-    """
-    ignored = tuple(f"{part}.{name}" if part else name for part, names in records.NOT_OF_THE_RESULT.items() for name in names)
-    flat = [_flat(config) for config in configs]
-    keys = sorted({key for one in flat for key in one}, key=lambda key: (_importance(key), key))
-    keys = [key for key in keys if not any(key == i or key.startswith(f"{i}.") for i in ignored)]
-    columns = {key: [one.get(key) for one in flat] for key in keys}
-    varying = {key: column for key, column in columns.items() if len({_hashable(v) for v in column}) > 1}
-    short = _short_names(list(varying))
+def find_parameters(runs: Sequence[RunView], varying: Sequence[str]) -> list[Parameter]:
+    """Settings that differ, the mission's three first and the seed last; those that only move together become one."""
+    keys = sorted(varying, key=_importance)
+    columns = {key: [run.settings.get(key) for run in runs if run.settings] for key in keys}
+    short = _short_names(keys)
     groups: list[list[str]] = []
-    for key, column in varying.items():
-        group = next((g for g in groups if key != "seed" and g[0] != "seed" and _together(varying[g[0]], column)), None)
-        group.append(key) if group else groups.append([key])
+    for key, column in columns.items():
+        group = next((g for g in groups if "seed" not in (key, g[0]) and _together(columns[g[0]], column)), None)
+        if group is None:
+            groups.append([key])
+        else:
+            group.append(key)
     return [
-        Parameter(g[0], short[g[0]], f"p{place}", _in_order(varying[g[0]]), tuple(short[k] for k in g[1:]))
+        Parameter(g[0], short[g[0]], f"p{place}", _in_order(columns[g[0]]), tuple(short[k] for k in g[1:]))
         for place, g in enumerate(groups)
     ]
 
@@ -139,23 +133,9 @@ def _importance(key: str) -> int:
     return _FIRST.index(key) if key in _FIRST else len(_FIRST) + (key == "seed")
 
 
-def parameters_of_seed(parameters: Sequence[Parameter]) -> str | None:
-    """The column of the seed, if seeds differ."""
-    return next((p.field for p in parameters if p.key == "seed"), None)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Row:
-    flat: Row = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str | int | float | None) else json.dumps(value)
-    return flat
-
-
-def _hashable(value: Any) -> Any:
-    return (type(value).__name__ if isinstance(value, bool) else "", value)
+def _hashable(value: Any) -> str:
+    """JSON text: tells True from 1, and lists can be compared."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _together(one: Sequence[Any], other: Sequence[Any]) -> bool:
@@ -178,37 +158,36 @@ def spelled(value: Any) -> str:
     """A setting's value as a person writes it."""
     if value is None:
         return "null"
+    if isinstance(value, list):
+        return "[" + ", ".join(spelled(part) for part in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # One row a run
 
 
-def _run_row(number: int, entry: Entry, parameters: Sequence[Parameter], seed: str | None, order: int) -> Row:
-    record, metrics, costs = entry.record, entry.record.metrics, entry.record.costs
-    flat = _flat(record.config)
-    values = {p.field: flat.get(p.key) for p in parameters}
-    said = [(p, f"{p.short} {spelled(values[p.field])}") for p in parameters]
-    configuration = ", ".join(text for p, text in said if p.field != seed) or record.name
-    label = ", ".join(text for _, text in said) or record.name
-    seconds = costs.seconds.get("train")
+def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: int) -> Row:
+    costs, test = run.costs, run.test if run.counts else None
+    values = {p.field: run.settings.get(p.key) for p in parameters}
+    said = [(p, f"{p.short} {spelled(values[p.field])}") for p in parameters if run.settings]
     return {
         "run": number,
-        "name": entry.name,
-        "label": label,
-        "configuration": configuration,
-        "state": record.status.value,
-        "reason": record.reason,
+        "name": run.label,
+        "label": ", ".join(text for _, text in said) or run.label,
+        "configuration": ", ".join(text for p, text in said if p.key != "seed") or run.name or run.label,
+        "state": "repeated" if run.repeats is not None else run.state.value,
+        "reason": f"the same run as {run.repeats.label}" if run.repeats is not None else run.error,
         "order": order + 1,
-        "seed": record.seed,
-        **values,
-        **_numbers("accuracy", metrics.test),
-        **_numbers("auroc", metrics.test),
-        **_numbers("brier", metrics.test),
-        **_numbers("accuracy", metrics.validation, "validation"),
-        "rows": metrics.test.rows if metrics.test else None,
-        "questions": metrics.test.questions if metrics.test else None,
-        "seconds": seconds,
+        "seed": run.seed,
+        **{name: value if isinstance(value, int | float | None) else spelled(value) for name, value in values.items()},
+        **_numbers("accuracy", test),
+        **_numbers("auroc", test),
+        **_numbers("brier", test),
+        **_numbers("accuracy", run.validation, "validation"),
+        "rows": test.rows if test else None,
+        "questions": test.questions if test else None,
+        "seconds": costs.seconds.get("train"),
+        "all_seconds": run.seconds,
         "tokens_per_second": costs.tokens_per_second,
         "memory": costs.peak_memory_bytes / 2**30 if costs.peak_memory_bytes else None,
         "examples": costs.examples_seen or None,
@@ -227,27 +206,27 @@ def _numbers(name: str, metrics: Metrics | None, as_name: str | None = None) -> 
 # Details of the runs that are shown closely
 
 
-def _add_details(facts: Facts, entries: Sequence[Entry]) -> None:
-    chosen = _sample(list(range(len(entries))), MOST_DETAILED)
-    if len(chosen) < len(entries):
+def _add_details(facts: Facts, runs: Sequence[RunView]) -> None:
+    chosen = _sample(list(range(len(runs))), MOST_DETAILED)
+    if len(chosen) < len(runs):
         facts.sampled.append(
-            f"learning curves, distributions, ROC and rows are of {len(chosen)} runs: the best {MOST_DETAILED // 2} and "
-            f"others spread evenly over the ranking"
+            f"learning curves, scores, ROC and rows are of {len(chosen)} runs: the best {MOST_DETAILED // 2} and "
+            "others spread evenly over the ranking"
         )
-    scores: dict[int, Predictions] = {}
     for number in chosen:
-        entry = entries[number]
-        validation, training = read_curves(entry.folder / "metrics.jsonl", number)
+        validation, training = curves(runs[number], number)
         facts.validation += validation
         facts.training += training
-        if entry.record.status is Status.completed and (entry.folder / records.PREDICTIONS).exists():
-            scores[number] = records.read_predictions(entry.folder / records.PREDICTIONS)
-    if not scores:
+        if runs[number].counts:
+            try:
+                facts.predictions[number] = runs[number].predictions()
+            except UserError as error:
+                facts.problems.append(str(error))
+    if not facts.predictions:
         return
-    facts.predictions = scores
-    facts.slices = sorted({name for p in scores.values() for name in p.slices if name is not None})
-    facts.score_edges = _edges([p.scores for p in scores.values()])
-    for number, predictions in scores.items():
+    facts.slices = sorted({name for p in facts.predictions.values() for name in p.slices if name is not None})
+    facts.score_edges = _edges([p.scores for p in facts.predictions.values()])
+    for number, predictions in facts.predictions.items():
         facts.scores[number] = _histogram(predictions, facts.score_edges)
         facts.calibration[number] = calibration(predictions)
         facts.roc[number] = roc(predictions)
@@ -262,50 +241,27 @@ def _sample(numbers: list[int], most: int) -> list[int]:
     return first + [rest[place] for place in dict.fromkeys(spread.tolist())]
 
 
-def read_curves(path: Path, run: int) -> tuple[list[Row], list[Row]]:
-    """Validations with their intervals, and the training loss averaged over at most `CURVE_POINTS` stretches of steps."""
-    validation: list[Row] = []
-    losses: list[tuple[int, float]] = []
-    examples: dict[int, int] = {}
-    for line in _lines(path):
-        step = line.get("step")
-        if not isinstance(step, int):
-            continue
-        if isinstance(seen := line.get("train/examples"), int):
-            examples[step] = seen
-        if isinstance(loss := line.get("train/loss"), int | float):
-            losses.append((step, float(loss)))
-        if isinstance(accuracy := line.get("validation/accuracy"), int | float):
-            bounds = (line.get("validation/accuracy_low"), line.get("validation/accuracy_high"))
-            validation.append({"run": run, "step": step, "accuracy": accuracy, "low": bounds[0], "high": bounds[1]})
-    for row in validation:
-        row["examples"] = examples.get(row["step"])
+def curves(run: RunView, number: int) -> tuple[list[Row], list[Row]]:
+    """Validations with their intervals, and the training loss averaged over at most `CURVE_POINTS` stretches."""
+    accuracy, names = "validation/accuracy", ("train/examples", "train/loss")
+    logged = run.curve(accuracy, f"{accuracy}_low", f"{accuracy}_high", *names)
+    examples, low, high = (dict(logged.get(name, [])) for name in (names[0], f"{accuracy}_low", f"{accuracy}_high"))
+    validation = [
+        {"run": number, "step": step, "examples": examples.get(step), "accuracy": value,
+         "low": low.get(step), "high": high.get(step)}
+        for step, value in logged.get(accuracy, [])
+    ]  # fmt: skip
     if len(validation) > CURVE_POINTS:
         keep = np.linspace(0, len(validation) - 1, CURVE_POINTS).round().astype(int)
         validation = [validation[place] for place in keep]
-    parts = np.array_split(np.asarray(losses), min(CURVE_POINTS, len(losses))) if losses else []
+    losses = np.asarray(logged.get(names[1], []), dtype=np.float64)
+    parts = np.array_split(losses, min(CURVE_POINTS, len(losses))) if len(losses) else []
     training = [
-        {"run": run, "step": int(part[-1, 0]), "loss": round(float(part[:, 1].mean()), 5),
-         "examples": examples.get(int(part[-1, 0]))}
+        {"run": number, "step": int(part[-1, 0]), "examples": examples.get(int(part[-1, 0])),
+         "loss": round(float(part[:, 1].mean()), 5)}
         for part in parts
     ]  # fmt: skip
     return validation, training
-
-
-def _lines(path: Path) -> list[Row]:
-    """The whole lines of metrics.jsonl; a run that is writing, or was killed, may have left half a line."""
-    if not path.exists():
-        return []
-    lines = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict):
-                lines.append(line)
-    return lines
 
 
 def _edges(scores: Sequence[Floats]) -> list[float]:
@@ -345,7 +301,7 @@ def calibration(predictions: Predictions) -> list[Row]:
 
 
 def roc(predictions: Predictions) -> list[Row]:
-    """Hit rate over false alarms at fixed places, with a pointwise 95% band: percentiles of draws of whole questions."""
+    """Hit rate over false alarms at fixed places, with a pointwise 95% band (percentiles of draws of questions)."""
     labels, scores = predictions.labels, predictions.scores
     if labels.all() or not labels.any():
         return []
