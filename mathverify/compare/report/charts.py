@@ -1,7 +1,7 @@
 """One Vega-Lite spec for each figure, used by the page and by --figures alike. Data come by name: see `datasets`.
 
 Two signals tie a page's figures together: `hidden` (numbers of runs that a filter takes out) and `hot` (the run under
-the pointer, -1: none). Colours come from theme.py, none stands here.
+the pointer, -1: none). Colours are names such as @ink, which theme.py's `painted` replaces.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Spec = dict[str, Any]
 FEW = 8
 """Configurations that can be told apart by colour; more are coloured by accuracy."""
 SHOWN = "indexof(hidden, datum.run) < 0"
-PERCENT = alt.Axis(format=".0%")
+INK, FAINT, ACCENT, SECOND = "@ink", "@faint", "@accent", "@second"
 HOVERED = "hot < 0 || hot === datum.run"
 
 
@@ -49,7 +49,7 @@ RUN_TIPS = _tips(
 
 
 def _accuracy(field: str = "accuracy", title: str = "test accuracy") -> alt.Y:
-    return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(format=".0%"))
+    return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(format=".1~%"))
 
 
 def run_colour(facts: Facts) -> Any:
@@ -59,10 +59,12 @@ def run_colour(facts: Facts) -> Any:
             "configuration:N",
             title=None,
             scale=alt.Scale(domain=facts.configurations),
-            legend=alt.Legend(columns=2, symbolType="circle") if len(facts.configurations) > 1 else None,
+            legend=alt.Legend(columns=2, symbolType="circle", symbolOpacity=1)
+            if len(facts.configurations) > 1
+            else None,
         )
     return alt.Color(
-        "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".0%"), scale=alt.Scale(range="ramp")
+        "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".1~%"), scale=alt.Scale(range="ramp")
     )
 
 
@@ -79,20 +81,19 @@ def by_parameter(parameter: Parameter) -> Spec:
     x = alt.X(
         f"{parameter.field}_text:N",
         title=parameter.title,
-        sort=order,
         axis=alt.Axis(labelAngle=0),
         scale=alt.Scale(domain=order, paddingInner=0.25),
     )
     spread = alt.XOffset("slot:Q", scale=alt.Scale(domain=[-0.15, 1.15]))
     base = alt.Chart(_data("runs")).transform_filter("isValid(datum.accuracy)").transform_filter(SHOWN)
-    bars = base.mark_rule(strokeWidth=1.2, style="quiet").encode(
+    bars = base.mark_rule(strokeWidth=1.2, color=FAINT).encode(
         x=x,
         xOffset=spread,
         y=_accuracy("accuracy_low"),
         y2="accuracy_high:Q",
         opacity=alt.condition(HOVERED, alt.value(0.5), alt.value(0.08)),
     )
-    dots = base.mark_circle(size=44, style="accent").encode(
+    dots = base.mark_circle(size=44, color=ACCENT).encode(
         x=x, xOffset=spread, y=_accuracy(), opacity=_fading(0.8), tooltip=RUN_TIPS
     )
     mean = (
@@ -113,9 +114,9 @@ def by_parameter(parameter: Parameter) -> Spec:
         ("high:Q", "to", ".1%"),
         ("n:Q", "runs"),
     )
-    line = mean.mark_line(style="second", fillOpacity=0, strokeWidth=1.5).encode(x=x, y=_accuracy("mean"))
-    ends = mean.mark_rule(style="second", strokeWidth=3).encode(x=x, y=_accuracy("low"), y2="high:Q", tooltip=tips)
-    middle = mean.mark_point(style="second", shape="diamond", size=110, opacity=1).encode(
+    line = mean.mark_line(color=SECOND, strokeWidth=1.5).encode(x=x, y=_accuracy("mean"))
+    ends = mean.mark_rule(color=SECOND, strokeWidth=3).encode(x=x, y=_accuracy("low"), y2="high:Q", tooltip=tips)
+    middle = mean.mark_point(color=SECOND, shape="diamond", size=110, opacity=1).encode(
         x=x, y=_accuracy("mean"), tooltip=tips
     )
     return _spec(alt.layer(bars, dots, line, ends, middle), f"Test accuracy at each value of {parameter.title}")
@@ -123,17 +124,15 @@ def by_parameter(parameter: Parameter) -> Spec:
 
 def parallel(facts: Facts) -> Spec:
     """Every run as one line through its settings and its result."""
-    last = facts.parameters[-1] if facts.parameters else None
     axes = [p.title for p in facts.parameters if p.key != "seed"] + ["test accuracy"]
     x = alt.X(
         "axis:N",
-        sort=axes,
         title=None,
         scale=alt.Scale(domain=axes),
         axis=alt.Axis(domain=False, ticks=False, orient="top", labelAngle=0, labelLimit=140, labelOverlap=False),
     )
     y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04]))
-    rules = alt.Chart(_data("axes")).mark_rule(style="quiet", opacity=0.45).encode(x=x)
+    rules = alt.Chart(_data("axes")).mark_rule(color=FAINT, opacity=0.45).encode(x=x)
     lines = (
         alt.Chart(_data("parallel"))
         .transform_filter(SHOWN)
@@ -143,25 +142,23 @@ def parallel(facts: Facts) -> Spec:
             y=y,
             detail="run:N",
             color=alt.Color(
-                "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".0%"), scale=alt.Scale(range="ramp")
+                "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".1~%"), scale=alt.Scale(range="ramp")
             ),
             opacity=alt.condition(HOVERED, alt.value(0.75), alt.value(0.05)),
             tooltip=RUN_TIPS,
         )
     )
     labels = (
-        alt.Chart(_data("axes"))
-        .mark_text(align="left", dx=6, style="strong", fontSize=11)
-        .encode(x=x, y=y, text="text:N")
+        alt.Chart(_data("axes")).mark_text(align="left", dx=6, color=INK, fontSize=11).encode(x=x, y=y, text="text:N")
     )
-    del last
     return _spec(alt.layer(rules, lines, labels), "Parallel coordinates: settings and test accuracy of every run", 320)
 
 
-def importance() -> Spec:
+def importance(rows: Sequence[Row]) -> Spec:
     """Share of the spread that each setting explains."""
     base = alt.Chart(_data("importance"))
-    y = alt.Y("parameter:N", sort=alt.SortField("place"), title=None, axis=alt.Axis(labelLimit=200))
+    names = [row["parameter"] for row in rows]
+    y = alt.Y("parameter:N", scale=alt.Scale(domain=names), title=None, axis=alt.Axis(labelLimit=200))
     tips = _tips(
         ("parameter:N", "setting"),
         ("importance:Q", "share", ".0%"),
@@ -170,15 +167,16 @@ def importance() -> Spec:
     )
     bars = base.mark_bar(height={"band": 0.55}, opacity=0.85, cornerRadiusEnd=2).encode(
         x=alt.X(
-            "importance:Q", title="share of the spread", axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])
+            "importance:Q",
+            title="share of the spread",
+            axis=alt.Axis(format=".1~%", tickCount=5),
+            scale=alt.Scale(domain=[0, 1]),
         ),
         y=y,
         tooltip=tips,
     )
-    ends = base.mark_rule(style="strong", strokeWidth=1.6).encode(x="low:Q", x2="high:Q", y=y, tooltip=tips)
-    return _spec(alt.layer(bars, ends), "Importance of each setting, with intervals", height=200) | {
-        "height": {"step": 36}
-    }
+    ends = base.mark_rule(color=INK, strokeWidth=1.6).encode(x="low:Q", x2="high:Q", y=y, tooltip=tips)
+    return _spec(alt.layer(bars, ends), "Importance of each setting, with intervals", height=36 * len(rows))
 
 
 # Training
@@ -189,7 +187,7 @@ def learning(facts: Facts, x: str = "step") -> Spec:
     colour = run_colour(facts)
     base = _with_run(alt.Chart(_data("validation")), facts)
     place = alt.X(f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen")
-    y = alt.Y("value:Q", title="validation accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format=".0%"))
+    y = alt.Y("value:Q", title="validation accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1~%"))
     tips = _tips(
         ("label:N", "settings"),
         ("name:N", "run"),
@@ -210,7 +208,8 @@ def learning(facts: Facts, x: str = "step") -> Spec:
         y2="high:Q",
         detail="run:N",
         color=colour,
-        opacity=alt.condition("hot === datum.run", alt.value(0.3), alt.value(0.07 if _few(facts) else 0)),
+        opacity=alt.condition("hot === datum.run", alt.value(0.3), alt.value(0.07 if few(facts) else 0)),
+        tooltip=alt.value(None),
     )
     return _spec(alt.layer(band, line, dots), "Validation accuracy along training, one line a run", 300)
 
@@ -242,7 +241,8 @@ def _with_run(chart: Any, facts: Facts) -> Any:
     )
 
 
-def _few(facts: Facts) -> bool:
+def few(facts: Facts) -> bool:
+    """Whether bands of all curves can be told apart."""
     return len(facts.validation) > 0 and len({row["run"] for row in facts.validation}) <= 12
 
 
@@ -261,7 +261,9 @@ def scores(side: str) -> Spec:
         .encode(
             x=alt.X("from:Q", title="score: log-odds of True", bin="binned"),
             x2="to:Q",
-            y=alt.Y("rows:Q", title="test rows", stack=None),
+            y=alt.Y(
+                "rows:Q", title="test rows", stack=None, scale=alt.Scale(domainMin=0, domainMax=alt.ExprRef("most"))
+            ),
             color=alt.Color(
                 "answer:N",
                 title=None,
@@ -271,10 +273,10 @@ def scores(side: str) -> Spec:
             tooltip=_tips(("answer:N", "rows with"), ("from:Q", "from"), ("to:Q", "to"), ("rows:Q", "rows")),
         )
     )
-    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference").encode(x="at:Q")
-    return _spec(
-        alt.layer(chart, zero), f"Histogram of the scores of run {side}, right and wrong answers apart", height=220
-    )
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference", color=FAINT).encode(x="at:Q")
+    spec = _spec(alt.layer(chart, zero), f"Histogram of the scores of run {side}, right and wrong answers apart", 240)
+    spec["params"].append({"name": "most", "value": 1})  # so that A and B have one scale
+    return spec
 
 
 def calibration() -> Spec:
@@ -284,13 +286,13 @@ def calibration() -> Spec:
         "said:Q",
         title="P(True) that the run gave",
         scale=alt.Scale(domain=[0, 1]),
-        axis=alt.Axis(format=".0%", tickCount=5),
+        axis=alt.Axis(format=".1~%", tickCount=5),
     )
     y = alt.Y(
         "right:Q",
         title="share that is right",
         scale=alt.Scale(domain=[0, 1]),
-        axis=alt.Axis(format=".0%", tickCount=5),
+        axis=alt.Axis(format=".1~%", tickCount=5),
     )
     tips = _tips(
         ("side:N", "run"),
@@ -301,9 +303,7 @@ def calibration() -> Spec:
         ("rows:Q", "rows"),
     )
     diagonal = _diagonal("said", "right", x, y)
-    ends = base.mark_rule(strokeWidth=1.4, opacity=0.7).encode(
-        x=x, y=alt.Y("low:Q", title=y.title), y2="high:Q", color=PAIR
-    )
+    ends = base.mark_rule(strokeWidth=1.4, opacity=0.7).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=PAIR)
     line = base.mark_line(strokeWidth=1.5).encode(x=x, y=y, color=PAIR, strokeDash=DASH)
     dots = base.mark_point(filled=True, opacity=1).encode(
         x=x,
@@ -322,22 +322,22 @@ def roc() -> Spec:
         "alarms:Q",
         title="wrong answers taken for right",
         scale=alt.Scale(domain=[0, 1]),
-        axis=alt.Axis(format=".0%", tickCount=5),
+        axis=alt.Axis(format=".1~%", tickCount=5),
     )
     y = alt.Y(
         "hits:Q",
         title="right answers taken for right",
         scale=alt.Scale(domain=[0, 1]),
-        axis=alt.Axis(format=".0%", tickCount=5),
+        axis=alt.Axis(format=".1~%", tickCount=5),
     )
     others = (
         alt.Chart(_data("roc"))
         .transform_filter(SHOWN)
-        .mark_line(style="quiet", fillOpacity=0, strokeWidth=1)
+        .mark_line(color=FAINT, strokeWidth=1)
         .encode(x=x, y=y, detail="run:N", opacity=alt.condition("hot === datum.run", alt.value(1), alt.value(0.22)))
     )
     pair = alt.Chart(_data("pair_roc"))
-    band = pair.mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q", title=y.title), y2="high:Q", color=PAIR)
+    band = pair.mark_area(opacity=0.18).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", color=PAIR)
     line = pair.mark_line(strokeWidth=2.2).encode(
         x=x,
         y=y,
@@ -360,15 +360,15 @@ def roc() -> Spec:
 
 def _diagonal(a: str, b: str, x: alt.X, y: alt.Y) -> alt.Chart:
     ends = [{a: 0, b: 0}, {a: 1, b: 1}]
-    return alt.Chart(alt.InlineData(values=ends)).mark_line(style="reference", fillOpacity=0).encode(x=x, y=y)
+    return alt.Chart(alt.InlineData(values=ends)).mark_line(style="reference", color=FAINT).encode(x=x, y=y)
 
 
-def slice_accuracy() -> Spec:
+def slice_accuracy(slices: Sequence[str]) -> Spec:
     """Accuracy of A and B in each slice."""
     base = alt.Chart(_data("pair_slices"))
-    y = alt.Y("slice:N", title=None, axis=alt.Axis(labelLimit=150, grid=True), sort=alt.SortField("place"))
-    offset = alt.YOffset("side:N", scale=alt.Scale(domain=["A", "B"], paddingOuter=1.2))
-    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".0%", tickCount=5)}
+    y = _slice_axis(slices)
+    offset = alt.YOffset("side:N", scale=alt.Scale(domain=["A", "B"], paddingOuter=0.9))
+    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".1~%", tickCount=5)}
     tips = _tips(
         ("slice:N", "slice"),
         ("side:N", "run"),
@@ -388,13 +388,18 @@ def slice_accuracy() -> Spec:
         shape=alt.Shape("side:N", scale=alt.Scale(domain=["A", "B"], range=["circle", "square"]), legend=None),
         tooltip=tips,
     )
-    return _spec(alt.layer(ends, dots), "Accuracy of runs A and B in each slice") | {"height": {"step": 40}}
+    return _spec(alt.layer(ends, dots), "Accuracy of runs A and B in each slice", 36 * len(slices) + 20)
 
 
-def slice_difference() -> Spec:
+def _slice_axis(slices: Sequence[str]) -> alt.Y:
+    scale = alt.Scale(domain=list(slices))
+    return alt.Y("slice:N", title=None, axis=alt.Axis(labelLimit=150, grid=True), scale=scale)
+
+
+def slice_difference(slices: Sequence[str]) -> Spec:
     """A minus B in each slice on the same rows."""
     base = alt.Chart(_data("pair_difference"))
-    y = alt.Y("slice:N", title=None, axis=alt.Axis(labelLimit=150, grid=True), sort=alt.SortField("place"))
+    y = _slice_axis(["all rows", *slices])
     x_axis = {"title": "A minus B, points of accuracy", "axis": alt.Axis(format="+.1f", tickCount=5)}
     tips = _tips(
         ("slice:N", "slice"),
@@ -405,16 +410,14 @@ def slice_difference() -> Spec:
         ("only_b:Q", "only B right"),
         ("rows:Q", "rows"),
     )
-    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference").encode(x="at:Q")
-    ends = base.mark_rule(style="strong", strokeWidth=2).encode(
-        x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, tooltip=tips
-    )
-    dots = base.mark_point(style="strong", size=75, shape="diamond", opacity=1).encode(
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference", color=FAINT).encode(x="at:Q")
+    ends = base.mark_rule(color=INK, strokeWidth=2).encode(x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, tooltip=tips)
+    dots = base.mark_point(color=INK, size=75, shape="diamond", opacity=1).encode(
         x=alt.X("difference:Q", **x_axis), y=y, tooltip=tips
     )
-    return _spec(alt.layer(zero, ends, dots), "Difference of accuracy between A and B in each slice") | {
-        "height": {"step": 40}
-    }
+    return _spec(
+        alt.layer(zero, ends, dots), "Difference of accuracy between A and B in each slice", 36 * len(slices) + 56
+    )
 
 
 # Cost and history
@@ -427,8 +430,8 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
         .transform_filter(f"isValid(datum.accuracy) && isValid(datum.{field})")
         .transform_filter(SHOWN)
     )
-    x = alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=6))
-    ends = base.mark_rule(strokeWidth=1.1, style="quiet").encode(
+    x = alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(tickCount=6))
+    ends = base.mark_rule(strokeWidth=1.1, color=FAINT).encode(
         x=x,
         y=_accuracy("accuracy_low"),
         y2="accuracy_high:Q",
@@ -440,12 +443,8 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
         sort=[{"field": field}, {"field": "accuracy", "order": "descending"}],  # type: ignore[list-item]
     ).transform_window(before="lag(best)", sort=[{"field": field}, {"field": "accuracy", "order": "descending"}])  # type: ignore[list-item]
     front = front.transform_filter("datum.before === null || datum.accuracy > datum.before")
-    steps = front.mark_line(style="second", fillOpacity=0, interpolate="step-after", strokeWidth=1.8).encode(
-        x=x, y=_accuracy()
-    )
-    rings = front.mark_point(filled=False, size=150, style="second", fillOpacity=0, strokeWidth=1.8).encode(
-        x=x, y=_accuracy()
-    )
+    steps = front.mark_line(color=SECOND, interpolate="step-after", strokeWidth=1.8).encode(x=x, y=_accuracy())
+    rings = front.mark_point(filled=False, size=150, color=SECOND, strokeWidth=1.8).encode(x=x, y=_accuracy())
     dots = base.mark_circle(size=60).encode(
         x=x,
         y=_accuracy(),
@@ -459,8 +458,13 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
 def history(facts: Facts) -> Spec:
     """Validation accuracy of the runs in the order in which they began, and the best so far."""
     base = alt.Chart(_data("runs")).transform_filter("isValid(datum.validation)").transform_filter(SHOWN)
-    x = alt.X("order:Q", title="runs in the order they began", axis=alt.Axis(tickMinStep=1, format="d"))
-    ends = base.mark_rule(strokeWidth=1.1, style="quiet").encode(
+    x = alt.X(
+        "order:Q",
+        title="runs in the order they began",
+        axis=alt.Axis(tickMinStep=1, format="d"),
+        scale=alt.Scale(zero=False, padding=12),
+    )
+    ends = base.mark_rule(strokeWidth=1.1, color=FAINT).encode(
         x=x,
         y=_accuracy("validation_low", "validation accuracy"),
         y2="validation_high:Q",
@@ -471,12 +475,12 @@ def history(facts: Facts) -> Spec:
         frame=[None, 0],
         sort=[{"field": "order"}],  # type: ignore[list-item]
     )
-    line = best.mark_line(style="second", fillOpacity=0, interpolate="step-after", strokeWidth=2).encode(
+    line = best.mark_line(color=SECOND, interpolate="step-after", strokeWidth=2).encode(
         x=x, y=_accuracy("best", "validation accuracy")
     )
     states = list(dict.fromkeys(row["state"] for row in facts.runs if row["validation"] is not None))
     shapes = {"completed": "circle", "pruned": "triangle-down", "running": "diamond", "failed": "cross"}
-    dots = base.mark_point(filled=True, size=60, style="accent").encode(
+    dots = base.mark_point(filled=True, size=60, color=ACCENT).encode(
         x=x,
         y=_accuracy("validation", "validation accuracy"),
         shape=alt.Shape(
@@ -495,7 +499,7 @@ def history(facts: Facts) -> Spec:
     return _spec(alt.layer(ends, line, dots), "Validation accuracy of the runs in order, with the best so far", 280)
 
 
-def ranking(most: int = 40) -> Spec:
+def ranking(facts: Facts, most: int = 40) -> Spec:
     """The best runs with their intervals, for a paper."""
     base = (
         alt.Chart(_data("runs"))
@@ -503,13 +507,15 @@ def ranking(most: int = 40) -> Spec:
         .transform_filter(f"datum.run < {most}")
         .transform_filter(SHOWN)
     )
-    y = alt.Y("label:N", sort=alt.SortField("run"), title=None, axis=alt.Axis(labelLimit=260, grid=False))
-    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".0%", grid=True)}
-    ends = base.mark_rule(strokeWidth=1.6, style="accent").encode(
+    labels = [row["label"] for row in facts.completed[:most]]
+    scale = alt.Scale(domain=labels)
+    y = alt.Y("label:N", scale=scale, title=None, axis=alt.Axis(labelLimit=260, grid=False))
+    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".1~%", grid=True)}
+    ends = base.mark_rule(strokeWidth=1.6, color=ACCENT).encode(
         x=alt.X("accuracy_low:Q", **x_axis), x2="accuracy_high:Q", y=y
     )
-    dots = base.mark_circle(size=60, style="accent", opacity=1).encode(x=alt.X("accuracy:Q", **x_axis), y=y)
-    return _spec(alt.layer(ends, dots), "Runs by test accuracy, with intervals") | {"height": {"step": 18}}
+    dots = base.mark_circle(size=60, color=ACCENT, opacity=1).encode(x=alt.X("accuracy:Q", **x_axis), y=y)
+    return _spec(alt.layer(ends, dots), "Runs by test accuracy, with intervals", 18 * len(labels))
 
 
 # Data that the specs name

@@ -53,7 +53,7 @@ class Parameter:
 
     @property
     def title(self) -> str:
-        return " = ".join([self.short, *self.with_it])
+        return f"{self.short} (with {', '.join(self.with_it)})" if self.with_it else self.short
 
 
 @dataclass
@@ -70,7 +70,9 @@ class Facts:
     calibration: dict[int, list[Row]] = field(default_factory=dict)
     roc: dict[int, list[Row]] = field(default_factory=dict)
     slices: list[str] = field(default_factory=list)
+    slice_accuracy: dict[int, list[Row]] = field(default_factory=dict)
     predictions: dict[int, Predictions] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     zero_shot: Interval | None = None
     sampled: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -83,7 +85,7 @@ class Facts:
 
 def gather(comparison: Comparison) -> Facts:
     """Rank the runs and make every figure's numbers. Reads curves and predictions of `MOST_DETAILED` runs."""
-    ranked = sorted(comparison.runs, key=_rank)
+    ranked = sorted(comparison.runs, key=rank)
     kept = ranked[:MOST_RUNS]
     parameters = find_parameters(kept, comparison.varying)
     facts = Facts([], parameters, [], total_runs=len(ranked))
@@ -91,14 +93,20 @@ def gather(comparison: Comparison) -> Facts:
         facts.sampled.append(f"table and figures hold the best {len(kept)} of {len(ranked):,} runs")
     order = {run: place for place, run in enumerate(sorted(kept, key=lambda run: (run.started == "", run.started)))}
     facts.runs = [_run_row(number, run, parameters, order[run]) for number, run in enumerate(kept)]
+    same = Counter(row["label"] for row in facts.runs)
+    for row in facts.runs:
+        if same[row["label"]] > 1:
+            row["label"] += f" ({row['name']})"
     facts.configurations = list(dict.fromkeys(row["configuration"] for row in facts.runs))
+    settings = next((run.settings for run in kept if run.settings), {})
+    facts.fixed = {key: value for key, value in settings.items() if key not in comparison.varying}
     zero = [run.zero_shot.accuracy for run in kept if run.zero_shot is not None]
     facts.zero_shot = zero[0] if zero and len({z.value for z in zero}) == 1 else None
     _add_details(facts, kept)
     return facts
 
 
-def _rank(run: RunView) -> tuple[int, float, str]:
+def rank(run: RunView) -> tuple[int, float, str]:
     """Best first; then what repeats another run, what is unfinished, and what failed."""
     if run.counts and run.test is not None and run.test.accuracy.value is not None:
         return (0, -run.test.accuracy.value, run.label)
@@ -180,6 +188,7 @@ def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: 
         "order": order + 1,
         "seed": run.seed,
         **{name: value if isinstance(value, int | float | None) else spelled(value) for name, value in values.items()},
+        **{f"{name}_text": spelled(value) for name, value in values.items()},
         **_numbers("accuracy", test),
         **_numbers("auroc", test),
         **_numbers("brier", test),
@@ -230,6 +239,11 @@ def _add_details(facts: Facts, runs: Sequence[RunView]) -> None:
         facts.scores[number] = _histogram(predictions, facts.score_edges)
         facts.calibration[number] = calibration(predictions)
         facts.roc[number] = roc(predictions)
+        facts.slice_accuracy[number] = [
+            {"slice": name, "place": place, "rows": found.rows,
+             "accuracy": found.accuracy.value, "low": found.accuracy.low, "high": found.accuracy.high}
+            for place, (name, found) in enumerate(sorted(runs[number].record().metrics.slices.items()))
+        ]  # fmt: skip
 
 
 def _sample(numbers: list[int], most: int) -> list[int]:
@@ -247,7 +261,7 @@ def curves(run: RunView, number: int) -> tuple[list[Row], list[Row]]:
     logged = run.curve(accuracy, f"{accuracy}_low", f"{accuracy}_high", *names)
     examples, low, high = (dict(logged.get(name, [])) for name in (names[0], f"{accuracy}_low", f"{accuracy}_high"))
     validation = [
-        {"run": number, "step": step, "examples": examples.get(step), "accuracy": value,
+        {"run": number, "step": step, "examples": examples.get(step), "value": value,
          "low": low.get(step), "high": high.get(step)}
         for step, value in logged.get(accuracy, [])
     ]  # fmt: skip
@@ -328,3 +342,23 @@ def roc(predictions: Predictions) -> list[Row]:
          "low": round(float(min(lo, v)), 4), "high": round(float(max(hi, v)), 4)}
         for a, v, lo, hi in zip(places, value, low, high, strict=True)
     ]  # fmt: skip
+
+
+def pair_of(facts: Facts, baseline: int | None) -> tuple[int, int]:
+    """The two runs that are shown first: the best, and the baseline or else the best of another configuration."""
+    numbers = sorted(facts.predictions)
+    if not numbers:
+        return (0, 0)
+    best = numbers[0]
+    if baseline in numbers and baseline is not None:
+        return (best, baseline) if baseline != best else (numbers[min(1, len(numbers) - 1)], baseline)
+    own = facts.runs[best]["configuration"]
+    other = next((n for n in numbers if facts.runs[n]["configuration"] != own), numbers[min(1, len(numbers) - 1)])
+    return best, other
+
+
+def student(most: int) -> list[Row]:
+    """The 97.5% quantile of Student's t for means of n = 2 ... most numbers."""
+    from scipy.stats import t
+
+    return [{"n": n, "t": round(float(t.isf(0.025, n - 1)), 5)} for n in range(2, max(most, 2) + 1)]

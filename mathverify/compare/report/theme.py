@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif"
@@ -15,10 +16,32 @@ RAMP_ON_LIGHT = ("#440154", "#443a83", "#31688e", "#21908c", "#35b779", "#7fbf2f
 RAMP_ON_DARK = ("#7a62c9", "#4f86c6", "#2db0a5", "#5cc863", "#aadc32", "#fde725")
 
 
+def palette(ground: str) -> dict[str, str]:
+    """Colours by the names that specs use for them."""
+    dark = ground == "dark"
+    ink, faint = ("#e8eaed", "#a9b0bb") if dark else ("#1c2430", "#5b6675")
+    category = ON_DARK if dark else ON_LIGHT
+    return {"@ink": ink, "@faint": faint, "@accent": category[0], "@second": category[1]}
+
+
+def painted(spec: Any, colours: Mapping[str, str]) -> Any:
+    """The spec with the names replaced by colours."""
+    match spec:
+        case dict():
+            return {key: painted(value, colours) for key, value in spec.items()}
+        case list():
+            return [painted(value, colours) for value in spec]
+        case str():
+            return colours.get(spec, spec)
+        case _:
+            return spec
+
+
 def config(ground: str) -> dict[str, Any]:
     """Vega-Lite config for a ground: `light`, `dark`, or `paper` (printed figures: larger type, no colour behind)."""
     dark, paper = ground == "dark", ground == "paper"
-    ink, faint, lines = ("#e8eaed", "#a9b0bb", "#343b46") if dark else ("#1c2430", "#5b6675", "#e3e6ea")
+    ink, faint = palette(ground)["@ink"], palette(ground)["@faint"]
+    lines = "#343b46" if dark else "#e3e6ea"
     category = list(ON_DARK if dark else ON_LIGHT)
     ramp = list(RAMP_ON_DARK if dark else RAMP_ON_LIGHT)
     size = 11 if paper else 12
@@ -63,12 +86,5 @@ def config(ground: str) -> dict[str, Any]:
         "line": {"strokeWidth": 2},
         "bar": {"color": category[0]},
         "range": {"category": category, "ordinal": ramp, "ramp": ramp, "heatmap": ramp},
-        "style": {
-            "reference": {"stroke": faint, "strokeDash": [4, 4], "opacity": 0.9},
-            "quiet": {"fill": faint, "stroke": faint},
-            "strong": {"fill": ink, "stroke": ink, "color": ink},
-            "accent": {"fill": category[0], "stroke": category[0]},
-            "second": {"fill": category[1], "stroke": category[1]},
-            "label": {"fill": faint, "fontSize": size},
-        },
+        "style": {"reference": {"strokeDash": [4, 4], "strokeWidth": 1.2}},
     }
