@@ -11,14 +11,15 @@ from typing import Any
 
 import altair as alt
 
-from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
+from mathverify.compare.report.facts import Facts, Parameter, Row, spelled, student
 
 Spec = dict[str, Any]
 
 FEW = 8
 """Configurations that can be told apart by colour; more are coloured by accuracy."""
+MOST_RANKED = 40
 SHOWN = "indexof(hidden, datum.run) < 0"
-INK, FAINT, ACCENT, SECOND = "@ink", "@faint", "@accent", "@second"
+INK, FAINT, ACCENT, SECOND, GROUND = "@ink", "@faint", "@accent", "@second", "@ground"
 HOVERED = "hot < 0 || hot === datum.run"
 
 
@@ -59,13 +60,19 @@ def run_colour(facts: Facts) -> Any:
             "configuration:N",
             title=None,
             scale=alt.Scale(domain=facts.configurations),
-            legend=alt.Legend(columns=2, symbolType="circle", symbolOpacity=1)
+            legend=alt.Legend(columns=_columns(facts.configurations), symbolType="circle", symbolOpacity=1)
             if len(facts.configurations) > 1
             else None,
         )
     return alt.Color(
         "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".1~%"), scale=alt.Scale(range="ramp")
     )
+
+
+def _columns(texts: Sequence[str]) -> int:
+    """Of a legend, so that it fits half a page and a phone."""
+    longest = max(map(len, texts))
+    return 4 if longest <= 10 else 2 if longest <= 24 else 1
 
 
 def _fading(strong: float = 1.0, faint: float = 0.12) -> Any:
@@ -124,19 +131,26 @@ def by_parameter(parameter: Parameter) -> Spec:
 
 def parallel(facts: Facts) -> Spec:
     """Every run as one line through its settings and its result."""
-    axes = [p.title for p in facts.parameters if p.key != "seed"] + ["test accuracy"]
+    axes = [p.brief for p in facts.parameters if p.key != "seed"] + ["test accuracy"]
     x = alt.X(
         "axis:N",
         title=None,
         scale=alt.Scale(domain=axes),
-        axis=alt.Axis(domain=False, ticks=False, orient="top", labelAngle=0, labelLimit=140, labelOverlap=False),
+        axis=alt.Axis(
+            domain=False,
+            ticks=False,
+            orient="top",
+            labelAngle=0,
+            labelOverlap=False,
+            labelExpr="split(datum.label, ' ')",
+        ),
     )
     y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04]))
     rules = alt.Chart(_data("axes")).mark_rule(color=FAINT, opacity=0.45).encode(x=x)
     lines = (
         alt.Chart(_data("parallel"))
         .transform_filter(SHOWN)
-        .mark_line(strokeWidth=1.6, interpolate="monotone")
+        .mark_line(strokeWidth=1.6)
         .encode(
             x=x,
             y=y,
@@ -148,10 +162,12 @@ def parallel(facts: Facts) -> Spec:
             tooltip=RUN_TIPS,
         )
     )
-    labels = (
-        alt.Chart(_data("axes")).mark_text(align="left", dx=6, color=INK, fontSize=11).encode(x=x, y=y, text="text:N")
+    marks = alt.Chart(_data("axes")).encode(x=x, y=y, text="text:N")
+    halo = marks.mark_text(align="left", dx=7, fontSize=11, stroke=GROUND, strokeWidth=5, strokeJoin="round")
+    labels = marks.mark_text(align="left", dx=7, fontSize=11, color=INK)
+    return _spec(
+        alt.layer(rules, lines, halo, labels), "Parallel coordinates: settings and test accuracy of every run", 320
     )
-    return _spec(alt.layer(rules, lines, labels), "Parallel coordinates: settings and test accuracy of every run", 320)
 
 
 def importance(rows: Sequence[Row]) -> Spec:
@@ -259,7 +275,7 @@ def scores(side: str) -> Spec:
         .transform_filter(f"datum.side === '{side}'")
         .mark_bar(opacity=0.6, binSpacing=0)
         .encode(
-            x=alt.X("from:Q", title="score: log-odds of True", bin="binned"),
+            x=alt.X("from:Q", title="score: log-odds of True", bin="binned", scale=alt.Scale(nice=False)),
             x2="to:Q",
             y=alt.Y(
                 "rows:Q", title="test rows", stack=None, scale=alt.Scale(domainMin=0, domainMax=alt.ExprRef("most"))
@@ -368,7 +384,11 @@ def slice_accuracy(slices: Sequence[str]) -> Spec:
     base = alt.Chart(_data("pair_slices"))
     y = _slice_axis(slices)
     offset = alt.YOffset("side:N", scale=alt.Scale(domain=["A", "B"], paddingOuter=0.9))
-    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".1~%", tickCount=5)}
+    x_axis: dict[str, Any] = {
+        "title": "test accuracy",
+        "scale": alt.Scale(zero=False),
+        "axis": alt.Axis(format=".1~%", tickCount=5),
+    }
     tips = _tips(
         ("slice:N", "slice"),
         ("side:N", "run"),
@@ -400,7 +420,7 @@ def slice_difference(slices: Sequence[str]) -> Spec:
     """A minus B in each slice on the same rows."""
     base = alt.Chart(_data("pair_difference"))
     y = _slice_axis(["all rows", *slices])
-    x_axis = {"title": "A minus B, points of accuracy", "axis": alt.Axis(format="+.1f", tickCount=5)}
+    x_axis: dict[str, Any] = {"title": "A minus B, points of accuracy", "axis": alt.Axis(format="+.1f", tickCount=5)}
     tips = _tips(
         ("slice:N", "slice"),
         ("difference:Q", "A minus B", "+.1f"),
@@ -430,7 +450,9 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
         .transform_filter(f"isValid(datum.accuracy) && isValid(datum.{field})")
         .transform_filter(SHOWN)
     )
-    x = alt.X(f"{field}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(tickCount=6))
+    x = alt.X(
+        f"{field}:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=12), axis=alt.Axis(tickCount=6)
+    )
     ends = base.mark_rule(strokeWidth=1.1, color=FAINT).encode(
         x=x,
         y=_accuracy("accuracy_low"),
@@ -440,8 +462,8 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
     front = base.transform_window(
         best="max(accuracy)",
         frame=[None, 0],
-        sort=[{"field": field}, {"field": "accuracy", "order": "descending"}],  # type: ignore[list-item]
-    ).transform_window(before="lag(best)", sort=[{"field": field}, {"field": "accuracy", "order": "descending"}])  # type: ignore[list-item]
+        sort=[{"field": field}, {"field": "accuracy", "order": "descending"}],
+    ).transform_window(before="lag(best)", sort=[{"field": field}, {"field": "accuracy", "order": "descending"}])
     front = front.transform_filter("datum.before === null || datum.accuracy > datum.before")
     steps = front.mark_line(color=SECOND, interpolate="step-after", strokeWidth=1.8).encode(x=x, y=_accuracy())
     rings = front.mark_point(filled=False, size=150, color=SECOND, strokeWidth=1.8).encode(x=x, y=_accuracy())
@@ -462,7 +484,7 @@ def history(facts: Facts) -> Spec:
         "order:Q",
         title="runs in the order they began",
         axis=alt.Axis(tickMinStep=1, format="d"),
-        scale=alt.Scale(zero=False, padding=12),
+        scale=alt.Scale(zero=False, nice=False, padding=12),
     )
     ends = base.mark_rule(strokeWidth=1.1, color=FAINT).encode(
         x=x,
@@ -473,7 +495,7 @@ def history(facts: Facts) -> Spec:
     best = base.transform_filter("datum.state === 'completed'").transform_window(
         best="max(validation)",
         frame=[None, 0],
-        sort=[{"field": "order"}],  # type: ignore[list-item]
+        sort=[{"field": "order"}],
     )
     line = best.mark_line(color=SECOND, interpolate="step-after", strokeWidth=2).encode(
         x=x, y=_accuracy("best", "validation accuracy")
@@ -499,7 +521,7 @@ def history(facts: Facts) -> Spec:
     return _spec(alt.layer(ends, line, dots), "Validation accuracy of the runs in order, with the best so far", 280)
 
 
-def ranking(facts: Facts, most: int = 40) -> Spec:
+def ranking(facts: Facts, most: int = MOST_RANKED) -> Spec:
     """The best runs with their intervals, for a paper."""
     base = (
         alt.Chart(_data("runs"))
@@ -510,7 +532,11 @@ def ranking(facts: Facts, most: int = 40) -> Spec:
     labels = [row["label"] for row in facts.completed[:most]]
     scale = alt.Scale(domain=labels)
     y = alt.Y("label:N", scale=scale, title=None, axis=alt.Axis(labelLimit=260, grid=False))
-    x_axis = {"title": "test accuracy", "scale": alt.Scale(zero=False), "axis": alt.Axis(format=".1~%", grid=True)}
+    x_axis: dict[str, Any] = {
+        "title": "test accuracy",
+        "scale": alt.Scale(zero=False),
+        "axis": alt.Axis(format=".1~%", grid=True),
+    }
     ends = base.mark_rule(strokeWidth=1.6, color=ACCENT).encode(
         x=alt.X("accuracy_low:Q", **x_axis), x2="accuracy_high:Q", y=y
     )
@@ -519,6 +545,32 @@ def ranking(facts: Facts, most: int = 40) -> Spec:
 
 
 # Data that the specs name
+
+
+def data_names(spec: Any) -> set[str]:
+    """Names of the data sets that a spec wants from outside."""
+    if isinstance(spec, list):
+        return {name for part in spec for name in data_names(part)}
+    if not isinstance(spec, dict):
+        return set()
+    own = spec.get("data")
+    here = {own["name"]} if isinstance(own, dict) and isinstance(own.get("name"), str) else set()
+    return here | {name for part in spec.values() for name in data_names(part)}
+
+
+def tables(facts: Facts, importance: list[Row] | str) -> dict[str, list[Row]]:
+    """The data sets by name, but for those of two chosen runs (pair_*)."""
+    lines, axes = parallel_rows(facts) if facts.completed else ([], [])
+    return {
+        "runs": facts.runs,
+        "student": student(len(facts.runs)),
+        "parallel": lines,
+        "axes": axes,
+        "importance": [] if isinstance(importance, str) else importance,
+        "validation": facts.validation,
+        "training": facts.training,
+        "roc": [{"run": run, **row} for run, curve in facts.roc.items() for row in curve],
+    }
 
 
 def parallel_rows(facts: Facts) -> tuple[list[Row], list[Row]]:
@@ -533,10 +585,10 @@ def parallel_rows(facts: Facts) -> tuple[list[Row], list[Row]]:
     for parameter in shown:
         places = dict(zip(map(spelled, parameter.values), _spread(len(parameter.values)), strict=True))
         ticks = _thinned(list(places.items()))
-        axes += [{"axis": parameter.title, "place": place, "text": text} for text, place in ticks]
+        axes += [{"axis": parameter.brief, "place": place, "text": text} for text, place in ticks]
         for row in done:
             shake = (row["slot"] - 0.5) * 0.05
-            lines.append(_parallel_row(row, parameter.title, places[row[f"{parameter.field}_text"]] + shake))
+            lines.append(_parallel_row(row, parameter.brief, places[row[f"{parameter.field}_text"]] + shake))
     low, high = _range([row["accuracy"] for row in done])
     for row in done:
         lines.append(_parallel_row(row, "test accuracy", (row["accuracy"] - low) / (high - low)))

@@ -55,6 +55,11 @@ class Parameter:
     def title(self) -> str:
         return f"{self.short} (with {', '.join(self.with_it)})" if self.with_it else self.short
 
+    @property
+    def brief(self) -> str:
+        """'rank', or 'rank +1' where another setting goes with it."""
+        return f"{self.short} +{len(self.with_it)}" if self.with_it else self.short
+
 
 @dataclass
 class Facts:
@@ -159,7 +164,7 @@ def _in_order(column: Sequence[Any]) -> list[Any]:
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
     last = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: (end if last[end := key.rpartition(".")[2]] == 1 else key) for key in keys}
+    return {key: (end.replace("_", " ") if last[end := key.rpartition(".")[2]] == 1 else key) for key in keys}
 
 
 def spelled(value: Any) -> str:
@@ -181,7 +186,7 @@ def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: 
     return {
         "run": number,
         "name": run.label,
-        "label": ", ".join(text for _, text in said) or run.label,
+        "label": ", ".join(text for _, text in said) or run.name or run.label,
         "configuration": ", ".join(text for p, text in said if p.key != "seed") or run.name or run.label,
         "state": "repeated" if run.repeats is not None else run.state.value,
         "reason": f"the same run as {run.repeats.label}" if run.repeats is not None else run.error,

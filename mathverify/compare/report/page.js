@@ -268,9 +268,8 @@
   }
 
   function choose() {
-    pair.a = Number($("pick-a").value);
-    pair.b = Number($("pick-b").value);
-    const sides = [["A", pair.a], ["B", pair.b]];
+    [pair.a, pair.b] = $("pick-a") ? [Number($("pick-a").value), Number($("pick-b").value)] : [data.pair[0], null];
+    const sides = pair.b === null ? [["A", pair.a]] : [["A", pair.a], ["B", pair.b]];
     const marked = (rows, side) => (rows || []).map((row) => ({ ...row, side }));
     const edges = data.score_edges;
     pair.tables = {
@@ -306,6 +305,7 @@
 
   function summarise() {
     const place = $("pair-summary");
+    if (!place) return;
     const all = pair.tables.pair_difference[0];
     if (pair.a === pair.b) { place.textContent = "The same run on both sides: choose another."; return; }
     if (!all) { place.textContent = "These two were not tested on the same rows: only their own figures are shown, no differences."; return; }
@@ -360,7 +360,7 @@
     line(text("span", "The answer is"), text("span", truth ? "right" : "wrong", truth ? "says-right" : "says-wrong"));
     for (const [side, run] of [["A", pair.a], ["B", pair.b]]) {
       const correct = bit(rows.right.get(run), row.place);
-      line(text("span", side, `side ${side}`), text("span", `said ${truth === correct ? "True" : "False"}: ${correct ? "correct" : "mistaken"}, P(True) ${percent(rows.said.get(run)[row.k] / 65535, 0)}`));
+      line(text("span", side, `side ${side}`), text("span", `said ${truth === correct ? "True" : "False"} (${percent(rows.said.get(run)[row.k] / 65535, 0)}), ${correct ? "correctly" : "mistakenly"}`));
     }
     const name = rows.slices[rows.slice[row.place]];
     line(text("span", [row.question ? row.id : "", name ? `slice ${name}` : ""].filter(Boolean).join(", ")));
@@ -386,8 +386,8 @@
       list(false);
       $("row-list").children[from]?.scrollIntoView({ block: "nearest" });
     });
-    choose();
   }
+  choose();
   // After the first paint
   requestAnimationFrame(() => setTimeout(() => {
     for (const place of document.querySelectorAll("[data-chart]")) watcher.observe(place);

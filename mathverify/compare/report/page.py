@@ -6,15 +6,17 @@ import base64
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mathverify
 from mathverify.compare.reading import Comparison, RunView
 from mathverify.compare.report import charts, theme
-from mathverify.compare.report.facts import Facts, Row, gather, pair_of, rank, spelled, student
+from mathverify.compare.report.facts import Facts, Parameter, Row, gather, pair_of, rank, spelled
 from mathverify.compare.report.importance import importance
 from mathverify.compare.report.rows import RowFacts, row_facts
 from mathverify.compare.report.sections import Section, sections
@@ -54,7 +56,7 @@ def render(comparison: Comparison, *, sentences: Sequence[str] = (), baseline: R
     pair = pair_of(facts, ranked.index(baseline) if baseline in ranked else None)
     program = (HERE / "page.js").read_text("utf-8")
     library = vega_library()
-    columns, table = _table(facts)
+    columns = _columns(facts)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -67,14 +69,15 @@ def render(comparison: Comparison, *, sentences: Sequence[str] = (), baseline: R
         css=(HERE / "page.css").read_text("utf-8"),
         library=library,
         program=program,
-        data=as_script(_data(facts, weights, rows, parts)),
+        data=as_script(_data(facts, weights, rows, parts, pair)),
         sentences=[redact(sentence) for sentence in sentences],
         tiles=_tiles(facts),
-        sections=parts,
+        sections=[part for part in parts if not part.absent],
+        left_out=[part for part in parts if part.absent],
         filters=_filters(facts),
         runs=facts.runs,
         columns=columns,
-        table=table,
+        table=[{"run": row["run"], "cells": [column.cell(row) for column in columns]} for row in facts.runs],
         pair=pair,
         pair_runs=[row for row in facts.runs if row["run"] in facts.predictions],
         options=lambda shown, chosen: _options(shown, chosen),
@@ -87,7 +90,7 @@ def vega_library() -> str:
     """Vega, Vega-Lite and vega-embed as one script (BSD-3-Clause), which sets window.vegaEmbed; from vl-convert."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle(None)
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
@@ -109,24 +112,17 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
-def _data(facts: Facts, weights: list[Row] | str, rows: RowFacts | str, parts: Sequence[Section]) -> dict[str, Any]:
-    lines, axes = charts.parallel_rows(facts) if facts.completed else ([], [])
+def _data(
+    facts: Facts, weights: list[Row] | str, rows: RowFacts | str, parts: Sequence[Section], pair: tuple[int, int]
+) -> dict[str, Any]:
     return {
-        "tables": {
-            "runs": facts.runs,
-            "student": student(len(facts.runs)),
-            "parallel": lines,
-            "axes": axes,
-            "importance": [] if isinstance(weights, str) else weights,
-            "validation": facts.validation,
-            "training": facts.training,
-            "roc": [{"run": run, **row} for run, curve in facts.roc.items() for row in curve],
-        },
+        "tables": charts.tables(facts, weights),
         "parameters": [p.title for p in facts.parameters],
         "scores": facts.scores,
         "score_edges": facts.score_edges,
         "calibration": facts.calibration,
         "slices": facts.slice_accuracy,
+        "pair": pair,
         "rows": None if isinstance(rows, str) else _packed(rows),
         "specs": {figure.id: figure.spec for section in parts for figure in section.figures},
         "config": {ground: theme.config(ground) for ground in ("light", "dark")},
@@ -143,7 +139,7 @@ def _packed(rows: RowFacts) -> dict[str, Any]:
 
 
 def _title(facts: Facts) -> str:
-    varying = [p.title.replace("_", " ") for p in facts.parameters if p.key != "seed"]
+    varying = [p.title for p in facts.parameters if p.key != "seed"]
     count = f"{facts.total_runs:,} run" + "s" * (facts.total_runs != 1)
     if facts.total_runs == 1:
         return f"One run: {facts.runs[0]['configuration']}"
@@ -203,7 +199,7 @@ def _duration(seconds: float) -> str:
 
 def _filters(facts: Facts) -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = [
-        {"title": p.title.replace("_", " "), "field": f"{p.field}_text", "options": [spelled(v) for v in p.values]}
+        {"title": p.title, "field": f"{p.field}_text", "options": [spelled(v) for v in p.values]}
         for p in facts.parameters
         if 1 < len(p.values) <= MOST_OPTIONS
     ][:MOST_FILTERS]
@@ -229,57 +225,75 @@ def _options(shown: Sequence[Row], chosen: int) -> Any:
     )
 
 
-def _table(facts: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(columns, rows): the table's headings and cells, each with what it is sorted by."""
-    done = facts.completed
-    low = min((row["accuracy_low"] or row["accuracy"] for row in done), default=0.0)
-    high = max((row["accuracy_high"] or row["accuracy"] for row in done), default=1.0)
-    span = (high - low) or 1.0
-    reasons = any(row["reason"] for row in facts.runs)
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its heading, whether it holds numbers, and the cell of a run (text, what it sorts by, "
+    "...)."""
 
-    def cells(row: Row) -> list[dict[str, Any]]:
-        made = [_cell(row["run"] + 1, "{}"), {"text": row["name"], "sort": row["name"], "css": ""}]
-        for p in facts.parameters:
-            made.append({**_cell(row[p.field], "{}"), "text": row[f"{p.field}_text"], "css": "number" * p.is_number})
-        value = row["accuracy"]
-        accuracy = _cell(value, "{:.1%}")
-        if value is not None:
-            ends = (row["accuracy_low"], row["accuracy_high"])
-            left, right = (value if end is None else end for end in ends)
-            accuracy["bar"] = {
-                "low": round(100 * (left - low) / span, 1),
-                "width": round(100 * (right - left) / span, 1),
-                "value": round(100 * (value - low) / span, 1),
-            }
-            if None not in ends:
-                accuracy["text"] += f" [{left:.1%}, {right:.1%}]"
-        made += [
-            accuracy,
-            _cell(row["auroc"], "{:.3f}"),
-            _cell(row["brier"], "{:.3f}"),
-            _cell(row["examples"], "{:,}"),
-            _cell(row["seconds"], "{:,.1f}"),
-            _cell(row["tokens_per_second"], "{:,.0f}"),
-            _cell(row["memory"], "{:.2f}"),
-            {"text": row["state"], "sort": row["state"], "badge": row["state"], "css": ""},
-        ]
-        if reasons:
-            made.append({"text": row["reason"] or "", "sort": row["reason"] or "", "css": "wrapping"})
-        return [{"bar": None, "badge": None, **cell} for cell in made]
-
-    settings = [{"title": p.title.replace("_", " "), "number": p.is_number} for p in facts.parameters]
-    names = ["test accuracy, 95%", "AUROC", "Brier", "examples", "train s", "tokens/s", "GiB"]
-    columns = [{"title": "#", "number": True}, {"title": "run", "number": False}, *settings]
-    columns += [{"title": name, "number": True} for name in names] + [{"title": "state", "number": False}]
-    if reasons:
-        columns.append({"title": "reason", "number": False})
-    return columns, [{"run": row["run"], "cells": cells(row)} for row in facts.runs]
+    title: str
+    number: bool
+    cell: Callable[[Row], dict[str, Any]]
 
 
-def _cell(value: Any, form: str) -> dict[str, Any]:
+def _columns(facts: Facts) -> list[Column]:
+    """Columns that have something in them, accuracy as near to the left as it can be for narrow screens."""
+    bar = _bar_of(facts)
+    columns = [
+        Column("#", True, lambda row: _number(row["run"] + 1, "{}")),
+        Column("run", False, lambda row: _text(row["name"])),
+        Column("test accuracy, 95%", True, lambda row: _accuracy(row, bar)),
+        *(Column(p.title, p.is_number, partial(_setting, parameter=p)) for p in facts.parameters),
+    ]
+    for title, name, form in (
+        ("AUROC", "auroc", "{:.3f}"),
+        ("Brier", "brier", "{:.3f}"),
+        ("validation", "validation", "{:.1%}"),
+        ("examples", "examples", "{:,}"),
+        ("train s", "seconds", "{:,.1f}"),
+        ("tokens/s", "tokens_per_second", "{:,.0f}"),
+        ("GiB", "memory", "{:.2f}"),
+    ):
+        columns.append(Column(title, True, partial(_field, name=name, form=form)))
+    columns.append(Column("state", False, lambda row: _text(row["state"]) | {"badge": row["state"]}))
+    columns.append(Column("reason", False, lambda row: _text(row["reason"]) | {"css": "wrapping"}))
+    return [column for column in columns if any(column.cell(row)["sort"] != "" for row in facts.runs)]
+
+
+def _text(value: str | None) -> dict[str, Any]:
+    return {"text": value or "", "sort": value or "", "css": "", "badge": None, "bar": None}
+
+
+def _number(value: Any, form: str) -> dict[str, Any]:
     """Right-aligned; a dash where there is nothing."""
-    missing = value is None
-    return {"text": "\N{EN DASH}" if missing else form.format(value), "sort": "" if missing else value, "css": "number"}
+    if value is None:
+        return _text("") | {"text": "\N{EN DASH}", "css": "number"}
+    return _text("") | {"text": form.format(value), "sort": value, "css": "number"}
+
+
+def _field(row: Row, name: str, form: str) -> dict[str, Any]:
+    return _number(row[name], form)
+
+
+def _setting(row: Row, parameter: Parameter) -> dict[str, Any]:
+    text = row[f"{parameter.field}_text"]
+    return _text(text) | {"sort": row[parameter.field], "css": "number"} if parameter.is_number else _text(text)
+
+
+def _bar_of(facts: Facts) -> Callable[[float], float]:
+    """Accuracy -> per cent of the width of the interval bars."""
+    ends = [row[name] for row in facts.completed for name in ("accuracy_low", "accuracy", "accuracy_high")]
+    known = [end for end in ends if end is not None] or [0.0, 1.0]
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    return lambda value: round(100 * (value - low) / span, 1)
+
+
+def _accuracy(row: Row, bar: Callable[[float], float]) -> dict[str, Any]:
+    value, low, high = row["accuracy"], row["accuracy_low"], row["accuracy_high"]
+    cell = _number(value, "{:.1%}")
+    if value is None or low is None or high is None:
+        return cell
+    drawn = {"low": bar(low), "width": round(bar(high) - bar(low), 1), "value": bar(value)}
+    return cell | {"text": f"{value:.1%} [{low:.1%}, {high:.1%}]", "bar": drawn}
 
 
 def _notes(comparison: Comparison, facts: Facts, rows: RowFacts | str) -> list[str]:

@@ -54,8 +54,10 @@ class RowFacts:
     sampled: list[str] = field(default_factory=list)
 
 
-def row_facts(runs: Mapping[int, RunView], predictions: Mapping[int, Predictions]) -> RowFacts | str:
-    """Pack the rows that most of the runs share, or say why there is nothing to compare.
+def row_facts(
+    runs: Mapping[int, RunView], predictions: Mapping[int, Predictions], *, with_text: bool = True
+) -> RowFacts | str:
+    """Pack the rows that most of the runs share, or say why there is nothing to compare. No text unless wanted.
 
     Runs of another test set are left out; `sampled` says so.
     """
@@ -63,8 +65,8 @@ def row_facts(runs: Mapping[int, RunView], predictions: Mapping[int, Predictions
     if len(shared) < 2:
         return "rows can be compared where at least two finished runs were tested on the same rows"
     first = predictions[shared[0]]
-    aligned = {number: _aligned(predictions[number], first) for number in shared}
-    scores = {number: found for number, found in aligned.items() if found is not None}
+    in_order = {number: aligned(predictions[number], first) for number in shared}
+    scores = {number: found for number, found in in_order.items() if found is not None}
     if len(scores) < 2:
         return "the finished runs were not tested on the same rows"
     sampled = []
@@ -76,7 +78,10 @@ def row_facts(runs: Mapping[int, RunView], predictions: Mapping[int, Predictions
     labels = first.labels[keep]
     verdicts = {number: (found[keep] > 0) == labels for number, found in scores.items()}
     disputed = np.flatnonzero(np.ptp(np.stack(list(verdicts.values())).astype(np.int8), axis=0))
-    listed, without_text = _listed([first.ids[i] for i in keep], labels, disputed, verdicts, runs[shared[0]])
+    listed: list[Row] = []
+    without_text = None
+    if with_text:
+        listed, without_text = _listed([first.ids[i] for i in keep], labels, disputed, verdicts, runs[shared[0]])
     if len(listed) < len(disputed):
         sampled.append(f"{len(listed):,} of the {len(disputed):,} rows on which any two runs differ are listed")
     codes = np.unique(np.asarray(first.groups)[keep], return_inverse=True)[1]
@@ -112,7 +117,7 @@ def _largest_set(runs: Mapping[int, RunView], predictions: Mapping[int, Predicti
     return max(sets.values(), key=len, default=[])
 
 
-def _aligned(predictions: Predictions, first: Predictions) -> NDArray[np.float64] | None:
+def aligned(predictions: Predictions, first: Predictions) -> NDArray[np.float64] | None:
     """The scores in the order of `first`'s rows; None when the rows or their labels are others."""
     if predictions.ids == first.ids:
         return predictions.scores if np.array_equal(predictions.labels, first.labels) else None

@@ -1,6 +1,6 @@
 """What the report says: its sections in order, each figure with the sentence that tells what it shows and what not.
 
-A section with nothing to show keeps its place and says why.
+A section with nothing to show says why, and the page lists these at its end.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ def _panel(parameter: Parameter, facts: Facts) -> Figure:
         counts[row[f"{parameter.field}_text"]] = counts.get(row[f"{parameter.field}_text"], 0) + 1
     caption = f"Accuracy at each {parameter.title}; {_range_of(list(counts.values()))} at each value."
     if parameter.with_it:
-        names = ", ".join([parameter.short, *parameter.with_it])
-        caption += f" {names} change together in these runs: their effects cannot be told apart here."
+        names = ", ".join([parameter.short, *parameter.with_it[:-1]]) + f" and {parameter.with_it[-1]}"
+        caption += (
+            f" {names[0].upper()}{names[1:]} change together in these runs: their effects cannot be told apart here."
+        )
     if min(counts.values()) == 1:
         caption += " A value with a single run has no interval of its mean."
     name = "accuracy_by_" + parameter.key.replace(".", "_")
@@ -113,8 +115,8 @@ def _range_of(counts: list[int]) -> str:
 
 def _fixed(facts: Facts) -> str:
     varying = {key for p in facts.parameters for key in (p.short, *p.with_it)}
-    same = [(key.rpartition(".")[2], facts.fixed[key]) for key in THE_THREE if key in facts.fixed]
-    said = [f"{name.replace('_', ' ')} is {spelled(value)}" for name, value in same if name not in varying]
+    same = [(key.rpartition(".")[2].replace("_", " "), facts.fixed[key]) for key in THE_THREE if key in facts.fixed]
+    said = [f"{name} is {spelled(value)}" for name, value in same if name not in varying]
     return f"In all of these runs {' and '.join(said)}. " if said else ""
 
 
@@ -227,62 +229,53 @@ def _history(facts: Facts) -> Section:
 
 
 def _two_runs(facts: Facts, rows: RowFacts | str) -> Section:
-    title = "Two runs"
     if not facts.scores:
-        return Section("two-runs", title, absent=nothing_finished(facts) if not facts.completed else _no_predictions())
-    figures = [
-        Figure(
-            f"scores_{side.lower()}",
-            charts.scores(side),
-            f"Log-odds of True that run {side} gave to right and to wrong answers; right of the dashed line it said "
-            "True. Rows beyond the ends are counted in the last bars. Counts of this test set, without intervals.",
-            "pair_scores",
-            f"Scores of {side}",
-        )
-        for side in ("A", "B")
-    ]
-    figures += [
-        Figure(
-            "calibration",
-            charts.calibration(),
-            "On the dashed line P(True) is the share that is right. A circles, B squares dashed; larger marks hold "
-            "more rows; Wilson's 95% interval, counting questions. Bins are those of the ECE; empty ones are left out.",
-            "pair_calibration",
-            "Calibration",
-        ),
-        Figure(
-            "roc",
-            charts.roc(),
-            "A solid, B dashed, each with a pointwise 95% band from resampled questions; thin lines are the other "
-            "runs. A ranking of scores: it does not depend on the threshold, and says nothing of calibration.",
-            "pair_roc",
-            "ROC",
-        ),
-    ]
+        absent = _no_predictions() if facts.completed else nothing_finished(facts)
+        return Section("two-runs", "Two runs", absent=absent)
+    figures = [_scores("A"), _calibration(), _roc()]
+    if len(facts.scores) == 1:
+        return Section("two-runs", "Scores", "Of the one finished run, called A here.", figures)
+    figures.insert(1, _scores("B"))
     if len(facts.slices) > 1:
-        figures.append(
-            Figure(
-                "slice_accuracy",
-                charts.slice_accuracy(facts.slices),
-                "Accuracy in each named part of the test set with its 95% interval (A circles, B squares). Overlapping "
-                "intervals do not mean equality: the differences are made on the same rows.",
-                "pair_slices",
-                "Accuracy by slice",
-            )
+        caption = (
+            "Accuracy in each named part of the test set with its 95% interval (A circles, B squares). Overlapping "
+            "intervals do not mean equality: the differences are made on the same rows."
         )
+        chart = charts.slice_accuracy(facts.slices)
+        figures.append(Figure("slice_accuracy", chart, caption, "pair_slices", "Accuracy by slice"))
     if isinstance(rows, RowFacts):
-        figures.append(
-            Figure(
-                "slice_difference",
-                charts.slice_difference(rows.slices),
-                "A minus B on the same rows with a 95% interval that counts questions, not rows (normal; not corrected "
-                "for the number of slices: with many, one in twenty is off zero by chance).",
-                "pair_difference",
-                "A minus B",
-            )
+        caption = (
+            "A minus B on the same rows with a 95% interval that counts questions, not rows (normal; where no row "
+            "differs Wilson's for none). Not corrected for the number of slices: one in twenty is off zero by chance."
         )
+        chart = charts.slice_difference(rows.slices)
+        figures.append(Figure("slice_difference", chart, caption, "pair_difference", "A minus B"))
     lead = "Choose any two. What follows is about these two trained adapters, not about their settings in general."
-    return Section("two-runs", title, lead, figures)
+    return Section("two-runs", "Two runs", lead, figures)
+
+
+def _scores(side: str) -> Figure:
+    caption = (
+        f"Log-odds of True that run {side} gave to right and to wrong answers; right of the dashed line it said True. "
+        "Rows beyond the ends are counted in the last bars. Counts of this test set, without intervals."
+    )
+    return Figure(f"scores_{side.lower()}", charts.scores(side), caption, "pair_scores", f"Scores of {side}")
+
+
+def _calibration() -> Figure:
+    caption = (
+        "On the dashed line P(True) is the share that is right. A circles, B squares dashed; larger marks hold more "
+        "rows; Wilson's 95% interval, counting questions. Bins are those of the ECE; empty ones are left out."
+    )
+    return Figure("calibration", charts.calibration(), caption, "pair_calibration", "Calibration")
+
+
+def _roc() -> Figure:
+    caption = (
+        "A solid, B dashed, each with a pointwise 95% band from resampled questions; thin lines are the other runs. It "
+        "shows how scores rank, whatever the threshold, and says nothing of calibration."
+    )
+    return Figure("roc", charts.roc(), caption, "pair_roc", "ROC")
 
 
 def _no_predictions() -> str:
@@ -295,7 +288,7 @@ def _rows(rows: RowFacts | str) -> Section:
         return Section("rows", title, absent=rows[0].upper() + rows[1:] + ".")
     if not rows.listed:
         return Section("rows", title, absent="No two of these runs disagree on any test row.")
-    lead = "Test rows that one of the two judged rightly and the other not, those of the choice above."
+    lead = "Test rows that only one of the two chosen above judged rightly; in brackets its P(True), rounded."
     if rows.without_text:
         lead += f" Their text cannot be shown: {rows.without_text}."
     return Section("rows", title, lead)

@@ -21,7 +21,8 @@ def palette(ground: str) -> dict[str, str]:
     dark = ground == "dark"
     ink, faint = ("#e8eaed", "#a9b0bb") if dark else ("#1c2430", "#5b6675")
     category = ON_DARK if dark else ON_LIGHT
-    return {"@ink": ink, "@faint": faint, "@accent": category[0], "@second": category[1]}
+    behind = "#1a2029" if dark else "#ffffff"
+    return {"@ink": ink, "@faint": faint, "@accent": category[0], "@second": category[1], "@ground": behind}
 
 
 def painted(spec: Any, colours: Mapping[str, str]) -> Any:
