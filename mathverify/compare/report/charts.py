@@ -37,7 +37,7 @@ def _data(name: str) -> Any:
 
 
 def _tips(*fields: tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
-    return [alt.Tooltip(f[0], title=f[1], **({"format": f[2]} if len(f) > 2 else {})) for f in fields]
+    return [alt.Tooltip(f[0], title=f[1], format=f[2] if len(f) > 2 else alt.Undefined) for f in fields]
 
 
 RUN_TIPS = _tips(
@@ -65,7 +65,10 @@ def run_colour(facts: Facts) -> Any:
             else None,
         )
     return alt.Color(
-        "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".1~%"), scale=alt.Scale(range="ramp")
+        "accuracy:Q",
+        title="test accuracy",
+        legend=alt.Legend(format=".0%", type="gradient"),
+        scale=alt.Scale(range="ramp"),
     )
 
 
@@ -142,7 +145,8 @@ def parallel(facts: Facts) -> Spec:
             orient="top",
             labelAngle=0,
             labelOverlap=False,
-            labelExpr="split(datum.label, ' ')",
+            labelExpr="split(datum.label, ' ')",  # a line a word
+            labelPadding=4 + 14 * max(axis.count(" ") for axis in axes),
         ),
     )
     y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[-0.04, 1.04]))
@@ -156,7 +160,10 @@ def parallel(facts: Facts) -> Spec:
             y=y,
             detail="run:N",
             color=alt.Color(
-                "accuracy:Q", title="test accuracy", legend=alt.Legend(format=".1~%"), scale=alt.Scale(range="ramp")
+                "accuracy:Q",
+                title="test accuracy",
+                legend=alt.Legend(format=".0%", type="gradient"),
+                scale=alt.Scale(range="ramp"),
             ),
             opacity=alt.condition(HOVERED, alt.value(0.75), alt.value(0.05)),
             tooltip=RUN_TIPS,
@@ -376,7 +383,8 @@ def roc() -> Spec:
 
 def _diagonal(a: str, b: str, x: alt.X, y: alt.Y) -> alt.Chart:
     ends = [{a: 0, b: 0}, {a: 1, b: 1}]
-    return alt.Chart(alt.InlineData(values=ends)).mark_line(style="reference", color=FAINT).encode(x=x, y=y)
+    made: alt.Chart = alt.Chart(alt.InlineData(values=ends)).mark_line(style="reference", color=FAINT).encode(x=x, y=y)
+    return made
 
 
 def slice_accuracy(slices: Sequence[str]) -> Spec:
@@ -535,7 +543,7 @@ def ranking(facts: Facts, most: int = MOST_RANKED) -> Spec:
     x_axis: dict[str, Any] = {
         "title": "test accuracy",
         "scale": alt.Scale(zero=False),
-        "axis": alt.Axis(format=".1~%", grid=True),
+        "axis": alt.Axis(format=".1~%", grid=True, tickCount=8),
     }
     ends = base.mark_rule(strokeWidth=1.6, color=ACCENT).encode(
         x=alt.X("accuracy_low:Q", **x_axis), x2="accuracy_high:Q", y=y

@@ -334,7 +334,8 @@ def roc(predictions: Predictions) -> list[Row]:
         hits, alarms = np.cumsum(weights * right)[ends], np.cumsum(weights * ~right)[ends]
         if not hits[-1] or not alarms[-1]:
             return np.full(len(places), np.nan)
-        return np.interp(places, np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1]))
+        drawn: Floats = np.interp(places, np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1]))
+        return drawn
 
     questions = int(codes.max()) + 1
     random = np.random.default_rng(0)

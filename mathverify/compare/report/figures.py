@@ -42,8 +42,8 @@ def write_figures(comparison: Comparison, folder: Path, *, baseline: RunView | N
     for figure in figures:
         spec = on_paper(figure, facts, tables, pair)
         for ending, content in (
-            ("svg", vl_convert.vegalite_to_svg(spec).encode()),
-            ("png", vl_convert.vegalite_to_png(spec, ppi=PPI)),
+            ("svg", vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode()),
+            ("png", vl_convert.vegalite_to_png(spec, ppi=PPI, allowed_base_urls=[])),
         ):
             written.append(folder / f"{figure.id}.{ending}")
             write_atomic(written[-1], content)

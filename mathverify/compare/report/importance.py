@@ -11,7 +11,7 @@ import numpy as np
 from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
 
 FEWEST_RUNS = 8
-RESAMPLES = 40
+RESAMPLES = 30
 TREES = 16
 
 

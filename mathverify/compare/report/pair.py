@@ -38,7 +38,7 @@ def pair_tables(facts: Facts, a: int, b: int) -> dict[str, list[Row]]:
 
 
 def differences(first: Predictions, second: Predictions) -> list[Row]:
-    """First minus second in points of accuracy, over all rows and in each slice; none if their rows are not the same."""
+    """First minus second in points of accuracy, over all rows and in each slice; none if rows are not the same."""
     scores = aligned(second, first)
     if scores is None:
         return []
