@@ -56,8 +56,9 @@ class RunView:
     label: shortest ending of the folder's path that no other run has. error: why it failed, was cut short or cannot be
     read; one line. settings: the config that decides the result, flat ('lora.rank'); empty when unreadable.
     params: those of the settings that differ between the runs compared. test, tuned, validation, zero_shot: as in
-    records.RunMetrics. repeats: the run that has the same fingerprint, data and base, and was here first.
-    trial: number in the study it was read from.
+    records.RunMetrics. fingerprint: of settings, data and base; equal for runs that should come out equal. ground: of
+    data and base alone. test_set: what tells its test rows from others; None when unknown. repeats: the run that has
+    the same fingerprint and was here first. trial: number in the study it was read from.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class RunView:
     started: str = ""
     device: str | None = None
     fingerprint: str = ""
+    ground: str = ""
     test_set: str | None = None
     repeats: RunView | None = None
     trial: int | None = None
@@ -253,6 +255,7 @@ def read_run(folder: Path) -> RunView:
         started=record.started,
         device=record.device,
         fingerprint=f"{record.fingerprint}/{record.data_fingerprint}/{record.base_fingerprint}",
+        ground=f"{record.data_fingerprint}/{record.base_fingerprint}",
         test_set=_test_set(record),
     )
 
