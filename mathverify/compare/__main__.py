@@ -2,6 +2,7 @@
 
 python -m mathverify.compare outputs/2026-11-23/10-00-00 outputs/2026-11-23/11-00-00
 python -m mathverify.compare multirun/rank_grid --table table.csv --table table.md
+python -m mathverify.compare multirun/rank_grid --report report.html --figures figures
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
 """
@@ -47,6 +48,8 @@ def parser() -> Parser:
         "--table", metavar="PATH", type=Path, action="append", default=[],
         help="also write the tables: .csv, .md or .tex; may be repeated",
     )  # fmt: skip
+    made.add_argument("--report", metavar="PATH", type=Path, help="also write a page to look at, one file")
+    made.add_argument("--figures", metavar="FOLDER", type=Path, help="also write figures for a paper")
     made.add_argument("--limit", type=int, default=40, help="most rows of a table on the terminal, 0 for all (40)")
     made.add_argument("--resamples", type=int, default=2000, help="bootstrap draws of questions (2000)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -95,7 +98,24 @@ def compare(options: argparse.Namespace) -> None:
     show(console, comparison, verdicts, options.limit)
     for path in options.table:
         write_table(path, comparison, verdicts)
-        console.print(f"written: {path}", markup=False)
+        _say_written(path)
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+        from mathverify.compare.wording import all_sentences
+
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        _say_written(write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline))
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        written = write_figures(comparison, options.figures, baseline=baseline)
+        _say_written(options.figures, f" ({len(written)} files)")
+
+
+def _say_written(path: Path, more: str = "") -> None:
+    from mathverify.printable import printable
+
+    print(f"written: {printable(str(path))}{more}")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -110,6 +130,12 @@ def _check(options: argparse.Namespace) -> None:
 
         for path in options.table:
             checked_suffix(path)
+    if options.report is not None or options.figures is not None:
+        from importlib.util import find_spec
+
+        if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
+            asked = "--report" if options.report is not None else "--figures"
+            raise UserError(f"{asked} needs {' and '.join(missing)}: pip install 'mathverify[report]'")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,13 @@ def sentences(verdict: Verdict) -> list[str]:
     return [*said, *(f"note: {note}" for note in verdict.notes)]
 
 
+def all_sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """Those of every test set; where there are several, each after its number."""
+    if len(verdicts) == 1:
+        return sentences(verdicts[0])
+    return [f"test set {number}: {said}" for number, v in enumerate(verdicts, 1) for said in sentences(v)]
+
+
 def _contender(verdict: Verdict) -> str:
     reference = verdict.reference
     if reference is None:

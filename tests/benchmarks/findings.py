@@ -16,12 +16,15 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mathverify.compare.reading import Comparison, State, read_runs
+from mathverify.compare.report.figures import write_figures
+from mathverify.compare.report.page import write_report
 from mathverify.compare.table import configuration_table, markdown, versus_table, write_table
 from mathverify.compare.verdict import Verdict, judge
 from mathverify.compare.wording import sentences
@@ -49,6 +52,9 @@ STUDIES = (
         ("train.max_examples=6400",),
     ),
 )  # fmt: skip
+
+SHOWN = ("accuracy_by_lora_rank", "accuracy_by_train_batch_size", "cost_quality")
+"""Figures that stand in the page itself."""
 
 CLOSING = """\
 These are the numbers of a tiny model (the embedded one, on generated word problems): they show how the question is asked,
@@ -115,18 +121,35 @@ def write(studies: Sequence[Study], options: argparse.Namespace) -> Path:
 def _section(study: Study, comparison: Comparison, verdict: Verdict, options: argparse.Namespace) -> str:
     folder: Path = options.out / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(folder / "table.csv", comparison, [verdict])
     said = sentences(verdict)
+    write_table(folder / "table.csv", comparison, [verdict])
+    write_report(comparison, folder / "report.html", sentences=said)
+    pictures = _pictures(comparison, folder / "figures")
     about = f"{verdict.rows:,} test rows of {verdict.questions:,} questions, mean over {options.seeds} seeds"
     shown = [configuration_table(verdict, about, comparison.varying), versus_table(verdict)]
     words = command(study, options.seeds, Path("multirun"), options.overrides)
-    links = f"Every run: [table.csv]({study.name}/table.csv)."
+    links = (
+        f"To look at: [report.html]({study.name}/report.html); for a paper: [figures]({study.name}/figures); every run: "
+        f"[table.csv]({study.name}/table.csv)."
+    )
     return "\n\n".join([
         f"## {study.question}",
         "\n".join(f"- {sentence}" for sentence in said),
+        *(f"![{name}]({study.name}/figures/{name}.svg)" for name in pictures if name in SHOWN),
         markdown(shown).strip(),
         f"{links} Run by `python {shlex.join(words[1:])}`.",
     ])  # fmt: skip
+
+
+def _pictures(comparison: Comparison, folder: Path) -> list[str]:
+    """Write the figures as SVG (their PNGs would weigh megabytes in the repository); returns their names."""
+    with tempfile.TemporaryDirectory() as name:
+        written = write_figures(comparison, Path(name))
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in written:
+            if path.suffix != ".png":
+                write_atomic(folder / path.name, path.read_bytes())
+    return [path.stem for path in written if path.suffix == ".svg"]
 
 
 def _require_all(study: Study, comparison: Comparison, seeds: int) -> None:

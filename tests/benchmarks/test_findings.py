@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,5 +36,9 @@ def test_findings_are_one_command_that_can_be_repeated(tmp_path: Path) -> None:
     assert "- selection: the best of 3 on validation" in first and "have not been reproduced here" in first
     assert first.count("| 2 |") == 3  # three settings, two seeds each
     assert (tmp_path / "page/rank/table.csv").read_text().count("\n") == 7
+    assert (tmp_path / "page/rank/report.html").stat().st_size > 10_000
+    for picture in re.findall(r"!\[\w+\]\(([^)]+)\)", first):
+        assert (tmp_path / "page" / picture).read_text().startswith("<svg")
+    assert "accuracy_by_lora_rank.svg" in first
     assert findings() == first
     assert {path: path.read_bytes() for path in results} == results

@@ -152,6 +152,26 @@ def test_other_confidences_are_measured_again(sweep: Path, tmp_path: Path) -> No
             assert wide[name] == narrow[name]
 
 
+@pytest.mark.slow
+def test_report_and_figures_are_written_with_what_the_terminal_says(sweep: Path, tmp_path: Path) -> None:
+    page, folder = tmp_path / "new" / "report.html", tmp_path / "figures"
+    done = command(str(sweep), "--report", str(page), "--figures", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "winner: rank=64 alpha=64" in page.read_text()
+    assert {path.suffix for path in folder.iterdir()} == {".svg", ".png", ".md"}
+
+
+def test_without_its_packages_a_report_is_refused_at_once(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(sweep), "--report", "report.html"]) == 2
+    said = capsys.readouterr()
+    assert (
+        said.out == "" and said.err == "error: --report needs altair and vl_convert: pip install 'mathverify[report]'\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
