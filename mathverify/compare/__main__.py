@@ -10,6 +10,7 @@ python -m mathverify.compare journal://multirun/rank_grid/study.journal
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 from mathverify.errors import UserError
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,8 +60,12 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
     try:
         compare(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except UserError as error:
         from mathverify.printable import printable
 
@@ -82,6 +87,8 @@ def compare(options: argparse.Namespace) -> None:
 
     comparison = read_runs(options.places)
     baseline = None if options.baseline is None else comparison.find(options.baseline)
+    if baseline is not None and baseline.repeats is not None:
+        baseline = baseline.repeats
     if baseline is not None and not baseline.counts:
         raise UserError(f"--baseline {options.baseline}: is {baseline.state.value}: choose a run that was completed")
     from rich.console import Console

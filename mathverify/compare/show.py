@@ -26,6 +26,8 @@ def show(console: Console, comparison: Comparison, verdicts: Sequence[Verdict], 
     for table in tables(comparison, verdicts):
         _print_table(console, table, limit)
     _explain(console, comparison, verdicts, limit)
+    if not verdicts:
+        _say(console, "no verdict: no run has a test result yet", "bold")
     for number, verdict in enumerate(verdicts, 1):
         if len(verdicts) > 1:
             _say(console, f"test set {number} (runs of different test sets are not compared):", "bold")

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from mathverify import scoring
 from mathverify.compare.power import Needs
 from mathverify.compare.reading import Comparison, RunView, State
-from mathverify.compare.seeds import Configuration, short_names, value_text
+from mathverify.compare.seeds import ASIDE, Configuration, short_names, value_text
 from mathverify.compare.verdict import By, Verdict, Versus
 from mathverify.compare.wording import p_text, rounded, signed
 from mathverify.errors import UserError
@@ -65,7 +67,8 @@ class Table:
     def width(self) -> int:
         """Characters a row takes with two spaces between columns."""
         widths = [
-            max([len(column.title), *(len(row[i].text) for row in self.rows)]) for i, column in enumerate(self.columns)
+            max([cell_len(column.title), *(cell_len(row[i].text) for row in self.rows)])
+            for i, column in enumerate(self.columns)
         ]
         return sum(widths) + 2 * (len(widths) - 1)
 
@@ -160,7 +163,7 @@ def run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str, vary
 
 def configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) -> Table:
     """Settings with mean and spread over their seeds, best first."""
-    keys = [key for key in varying if key != "seed"]
+    keys = [key for key in varying if not key.startswith(ASIDE)]
     columns = [
         *(Column(printable(name), "settings") for name in short_names(keys).values()),
         Column("seeds", "quality"),

@@ -298,6 +298,8 @@ def training_notes(runs: Sequence[RunView]) -> list[str]:
             f"equal examples ({_count(examples)}) but unequal steps: {_count(steps)}, bigger batches taking fewer, so "
             "part of a difference may be more updates; train.max_steps=N holds steps equal"
         )
+    if len({run.ground for run in runs}) > 1:
+        notes.append("runs differ in the rows or prompts they were trained on, or in the base (data, prompt, model)")
     devices = {run.device for run in runs}
     if len(devices) > 1:
         notes.append("runs were made on different devices: their seconds and tokens/s are no comparison of settings")

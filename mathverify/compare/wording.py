@@ -18,7 +18,8 @@ def sentences(verdict: Verdict) -> list[str]:
     said += _untested(verdict)
     if settling := _settling(verdict):
         said.append(settling)
-    if (chosen := verdict.selection) is not None and verdict.chosen_on == "validation":
+    chosen = verdict.selection
+    if chosen is not None and chosen.candidates > 1 and verdict.chosen_on == "validation":
         said.append(
             f"selection: the best of {chosen.candidates} on validation, {chosen.validation:.1%} there and "
             f"{chosen.test:.1%} on test: optimism {points(chosen.optimism)}{_interval(chosen)}"

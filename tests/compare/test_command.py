@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mathverify.compare.__main__ import main
 from mathverify.compare.table import _latex, _markdown, _unarmed
 from mathverify.config import TrackingConfig
 from mathverify.records import Status
+from tests.test_records import json_trees
 
 from .conftest import Make, TestRows, config_of
 
@@ -184,14 +185,17 @@ def test_without_its_packages_a_report_is_refused_at_once(
         (["SWEEP", "--resamples", "3"], "--resamples 3 is not possible"),
         (["SWEEP", "--limit", "-1"], "below 0"),
         (["SWEEP", "--limit", "many"], "invalid int value"),
-        (["postgresql://u:hunter2@127.0.0.1:1/none"], "cannot be opened as a study"),
+        (["postgresql://u:hunter2@127.0.0.1:1/none"], "cannot be read as a study"),
+        (["nosuch://u:hunter2@host/x"], "cannot be read as a study"),
+        (["journal://SWEEP/16-1/result.json"], "cannot be read as a study"),
+        (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
         ([], "required: PLACE"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(sweep: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing"), "SWEEP": str(sweep)}
-    done = command(*(places.get(word, word) for word in arguments))
+    done = command(*(places.get(word, word.replace("SWEEP", str(sweep))) for word in arguments))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.search(says, line) and line.startswith("error: ")
@@ -226,6 +230,31 @@ def test_it_reads_a_studys_journal_by_url(make: Make, tmp_path: Path) -> None:
     assert (folder / "study.journal").read_bytes() == before
     wrong = command(f"journal://{folder}/study.journal#other")
     assert wrong.returncode == 2 and "no study other" in wrong.stderr and "'ranks'" in wrong.stderr
+
+
+WHOLE: dict[str, object] = {}
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_record_with_any_field_replaced_stops_nobody(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject
+) -> None:
+    """Every comparison ends with its tables and without a traceback, whatever one of the records says."""
+    if not (tmp_path / "runs").exists():
+        make("runs/good", config_of(rank=64))
+        WHOLE.update(json.loads((make("runs/odd", config_of(rank=16)) / "result.json").read_text()))
+    plain = json.loads(json.dumps(WHOLE))
+    place = plain
+    for _ in range(data.draw(st.integers(0, 3))):
+        inner = [key for key, value in place.items() if isinstance(value, dict) and value]
+        if not inner:
+            break
+        place = place[data.draw(st.sampled_from(inner))]
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(json_trees)
+    (tmp_path / "runs/odd/result.json").write_text(json.dumps(plain))
+    assert main([str(tmp_path / "runs"), "--resamples", "100", "--table", str(tmp_path / "x.csv")]) == 0
+    assert "good" in capsys.readouterr().out
 
 
 def test_comparing_imports_neither_torch_nor_optuna(sweep: Path) -> None:

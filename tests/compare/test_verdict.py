@@ -11,7 +11,7 @@ import pytest
 from mathverify.compare.reading import read_runs
 from mathverify.compare.verdict import By, Outcome, Verdict, judge
 from mathverify.compare.wording import rounded, sentences
-from mathverify.config import TrainConfig
+from mathverify.config import EvaluateConfig, TrainConfig
 from mathverify.records import Status
 
 from .conftest import Make, TestRows, config_of
@@ -182,6 +182,27 @@ def test_a_single_seed_among_many_is_not_tested_and_forbids_a_winner(make: Make)
     assert (
         "not all could be tested" in said and "not tested (one seed says nothing of the luck of seeds): rank=8" in said
     )
+
+
+def test_how_a_run_is_judged_makes_no_other_configuration(make: Make) -> None:
+    places = [
+        make("a", config_of(seed=1), ROWS),
+        make(
+            "b",
+            config_of(seed=2, evaluate=EvaluateConfig(resamples=500), train=TrainConfig(max_steps=100, eval_every=9)),
+            ROWS,
+        ),
+    ]
+    verdict = verdict_of(places)
+    assert [len(entry.runs) for entry in verdict.entries] == [2]
+    assert sentences(verdict)[0].startswith("the one configuration (") and "over 2 seeds" in sentences(verdict)[0]
+
+
+def test_training_on_other_rows_is_said(make: Make) -> None:
+    places = three(make, 0.9, 0.8, 0.7)
+    record = places[0] / "result.json"
+    record.write_text(record.read_text().replace("d" * 32, "e" * 32))
+    assert any("differ in the rows or prompts" in note for note in verdict_of(places).notes)
 
 
 def test_one_run_has_nothing_to_be_compared_with(make: Make) -> None:
