@@ -41,11 +41,6 @@ class Configuration:
     params: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def label(self) -> str:
-        """'rank=16 alpha=32'; where no setting differs, the run's own label."""
-        return spelt(self.params) or (self.runs[0].label if len(self.runs) == 1 else "the one configuration")
-
-    @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs if run.seed is not None]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mathverify.compare.reading import Comparison
-from mathverify.compare.table import Table, tables, unfinished
+from mathverify.compare.table import NONE, Table, tables, unfinished
 from mathverify.compare.verdict import Verdict
 from mathverify.compare.wording import sentences
 from mathverify.printable import printable
@@ -57,8 +57,10 @@ def fitted(table: Table, width: int) -> list[Table]:
     quality, cost = few.only("number", "settings", "quality", "end"), few.only("number", "settings", "cost")
     if any(column.part == "number" for column in few.columns):  # rows are known by their number
         cost = few.only("number", "cost")
+    else:
+        cost.rows = [row for row in cost.rows if any(cell.text != NONE for cell in row[1:])]
     cost.title = table.rest
-    return [quality, cost] if any(column.part == "cost" for column in cost.columns) else [quality]
+    return [quality, cost] if cost.rows and any(column.part == "cost" for column in cost.columns) else [quality]
 
 
 def _drawn(table: Table) -> rich.table.Table:

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 
 from mathverify import scoring
 from mathverify.compare.power import Needs
-from mathverify.compare.reading import Comparison, RunView, State
+from mathverify.compare.reading import Comparison, RunView, State, varying_keys
 from mathverify.compare.seeds import ASIDE, Configuration, short_names, value_text
 from mathverify.compare.verdict import By, Verdict, Versus
 from mathverify.compare.wording import p_text, rounded, signed
@@ -102,12 +102,12 @@ def tables(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Table]:
         runs = [r for r in comparison.runs if (r.test_set or "unknown") == verdict.test_set or not several]
         shown.update(runs)
         if verdict.by is By.configuration:
-            made.append(configuration_table(verdict, f"configurations ({about})", comparison.varying))
+            made.append(configuration_table(verdict, f"configurations ({about})"))
         if verdict.versus:
             made.append(versus_table(verdict))
-        made.append(run_table(runs, verdict, f"runs ({about})", comparison.varying))
+        made.append(run_table(runs, verdict, f"runs ({about})"))
     if rest := [run for run in comparison.runs if run not in shown]:
-        made.append(run_table(rest, None, "runs without a test result", comparison.varying))
+        made.append(run_table(rest, None, "runs without a test result"))
     return made
 
 
@@ -122,9 +122,9 @@ def in_order(runs: Sequence[RunView]) -> list[RunView]:
     return sorted(runs, key=key)
 
 
-def run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str, varying: Sequence[str]) -> Table:
+def run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str) -> Table:
     """Runs, best first. verdict: of their test set, for the confidence of intervals."""
-    ordered = in_order(runs)
+    ordered, varying = in_order(runs), varying_keys(runs)
     numbers = {run: number for number, run in enumerate(ordered, 1)}
     columns = [
         Column("#", "number"),
@@ -161,10 +161,12 @@ def run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str, vary
     return Table(title, columns, rows)
 
 
-def configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) -> Table:
+def configuration_table(verdict: Verdict, title: str) -> Table:
     """Settings with mean and spread over their seeds, best first."""
-    keys = [key for key in varying if not key.startswith(ASIDE)]
+    runs = [run for entry in verdict.entries for run in entry.runs]
+    keys = [key for key in varying_keys(runs) if not key.startswith(ASIDE)]
     columns = [
+        Column("#", "number"),
         *(Column(printable(name), "settings") for name in short_names(keys).values()),
         Column("seeds", "quality"),
         Column("mean accuracy", "quality", right=False),
@@ -178,10 +180,11 @@ def configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) ->
         Column("parameters", "cost"),
     ]
     rows = []
-    for entry in verdict.entries:
+    for number, entry in enumerate(verdict.entries, 1):
         low, high = verdict.intervals.get(entry, (None, None))
         seconds = [run.seconds for run in entry.runs if run.seconds is not None]
         rows.append([
+            Cell(str(number)),
             *(_setting(entry.params, key) for key in keys),
             Cell(str(len(entry.runs))),
             Cell(_share(Interval(entry.mean, low, high, "crossed analysis of variance"))),
@@ -216,7 +219,7 @@ def versus_table(verdict: Verdict) -> Table:
         needs = versus.needs
         discordant = [Cell(_plain(n, "{:,}")) for n in (versus.only_other, versus.only_reference)]
         rows.append([
-            Cell(printable(versus.other.label), foreign=True),
+            Cell(printable(verdict.name(versus.other)), foreign=True),
             Cell(_points(versus)),
             Cell(p_text(versus.p).removeprefix("p ").removeprefix("= ")),
             Cell(p_text(versus.corrected).removeprefix("p ").removeprefix("= ")),
@@ -225,7 +228,8 @@ def versus_table(verdict: Verdict) -> Table:
             Cell(_needed(needs, 0)),
             *([Cell(_needed(needs, 1))] if verdict.by is By.configuration else []),
         ])  # fmt: skip
-    return Table(f"against {what}: {printable(verdict.reference.label)}", columns, rows, "what would settle ties")
+    title = f"against {what}: {printable(verdict.name(verdict.reference))}"
+    return Table(title, columns, rows, rest="what would settle ties")
 
 
 def _needed(needs: Needs | None, place: int) -> str:

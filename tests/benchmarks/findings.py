@@ -126,7 +126,7 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
     write_report(comparison, folder / "report.html", sentences=said)
     pictures = _pictures(comparison, folder / "figures")
     about = f"{verdict.rows:,} test rows of {verdict.questions:,} questions, mean over {options.seeds} seeds"
-    shown = [configuration_table(verdict, about, comparison.varying), versus_table(verdict)]
+    shown = [configuration_table(verdict, about), versus_table(verdict)]
     words = command(study, options.seeds, Path("multirun"), options.overrides)
     links = (
         f"To look at: [report.html]({study.name}/report.html); for a paper: [figures]({study.name}/figures); every run: "

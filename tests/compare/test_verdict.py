@@ -11,7 +11,7 @@ import pytest
 from mathverify.compare.reading import read_runs
 from mathverify.compare.verdict import By, Outcome, Verdict, judge
 from mathverify.compare.wording import rounded, sentences
-from mathverify.config import EvaluateConfig, TrainConfig
+from mathverify.config import EvaluateConfig, LoraConfig, TrainConfig
 from mathverify.records import Status
 
 from .conftest import Make, TestRows, config_of
@@ -269,3 +269,15 @@ def test_equal_training_needs_no_note(make: Make) -> None:
 )
 def test_plans_are_rounded_up_to_two_digits(number: int, text: str) -> None:
     assert rounded(number) == text
+
+
+def test_names_are_short_whatever_differs(make: Make) -> None:
+    """Settings that only runs of another test set differ in name nothing here; long ones give way to the run."""
+    wide = [
+        LoraConfig(rank=8 * k, alpha=2.0 * k, dropout=k / 10, target_modules=["q_proj", "v_proj"][:k]) for k in (1, 2)
+    ]
+    places = [make(f"w{k}", config_of(lora=lora), ROWS) for k, lora in enumerate(wide)]
+    places += [make(f"b{batch}", config_of(batch=batch), TestRows(seed=9)) for batch in (2, 4)]
+    verdicts = judge(read_runs(places), resamples=100)
+    names = [{verdict.name(entry) for entry in verdict.entries} for verdict in verdicts]
+    assert names == [{"run w0", "run w1"}, {"batch_size=2", "batch_size=4"}]
