@@ -103,6 +103,7 @@ class PassLayout:
         self.tokens = int(self.offsets[-1])
         self.longest = int(lengths.max())
         self.spans = self._spans(self.offsets)
+        self._tiles: torch.Tensor | None = None
 
     def _spans(self, offsets: NDArray[np.int64]) -> list[Span]:
         spans: list[Span] = []
@@ -157,6 +158,15 @@ class PassLayout:
     def padded_mask(self) -> torch.Tensor:
         """bool [segments, longest]: which places of that grid hold a token."""
         return self._tensor(np.arange(self.longest)[None] < self.lengths[:, None], torch.bool)
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """int32 [tiles, 3]: its segment's first token, first token and segment's end of tiles of `size` tokens."""
+        if self._tiles is None:
+            counts = -(-self.lengths // size)
+            begins, ends = np.repeat(self.offsets[:-1], counts), np.repeat(self.offsets[1:], counts)
+            inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            self._tiles = self._tensor(np.stack([begins, begins + inside * size, ends], axis=1), torch.int32)
+        return self._tiles
 
     @cached_property
     def one_each(self) -> torch.Tensor:

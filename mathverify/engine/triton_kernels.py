@@ -105,8 +105,8 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
 
 @triton.jit
 def _swiglu(gate_up, out, inner, BLOCK: tl.constexpr) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < inner
     gate = tl.load(gate_up + row * 2 * inner + at, mask=inside, other=0.0)
     g = gate.to(tl.float32)
@@ -119,14 +119,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, inner)
     block = min(2048, _block(inner))
-    _swiglu[(rows, triton.cdiv(inner, block))](gate_up, out, inner, block, num_warps=4)
+    _swiglu[(triton.cdiv(inner, block), rows)](gate_up, out, inner, block, num_warps=4)
     return out
 
 
 @triton.jit
-def _swiglu_grad(grad, gate_up, inner, BLOCK: tl.constexpr) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _swiglu_grad(grad, gate_up, product, gate_up_grad, inner, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < inner
     wide = tl.load(grad + row * inner + at, mask=inside, other=0.0)
     d = wide.to(tl.float32)
@@ -134,16 +134,18 @@ def _swiglu_grad(grad, gate_up, inner, BLOCK: tl.constexpr) -> None:
     u = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     active = g * sigmoid
-    tl.store(grad + row * inner + at, (active * u).to(wide.dtype), mask=inside)
-    tl.store(gate_up + row * 2 * inner + at, (d * u * (sigmoid + active * (1.0 - sigmoid))).to(wide.dtype), mask=inside)
-    tl.store(gate_up + row * 2 * inner + inner + at, (d * active).to(wide.dtype), mask=inside)
+    gate_grad = d * u * (sigmoid + active * (1.0 - sigmoid))
+    tl.store(product + row * inner + at, (active * u).to(wide.dtype), mask=inside)
+    tl.store(gate_up_grad + row * 2 * inner + at, gate_grad.to(wide.dtype), mask=inside)
+    tl.store(gate_up_grad + row * 2 * inner + inner + at, (d * active).to(wide.dtype), mask=inside)
 
 
 def swiglu_grad(grad: Tensor, gate_up: Tensor) -> None:
     """elementwise.swiglu_grad."""
     rows, inner = grad.shape
     block = min(2048, _block(inner))
-    _swiglu_grad[(rows, triton.cdiv(inner, block))](grad, gate_up, inner, block, num_warps=4)
+    # The same tensors twice: read and written through one argument it takes 690 us, through two 235 us (H200).
+    _swiglu_grad[(triton.cdiv(inner, block), rows)](grad, gate_up, grad, gate_up, inner, block, num_warps=4)
 
 
 @triton.jit
@@ -157,8 +159,8 @@ def _mix(h):
 
 @triton.jit
 def _drop(x, keys, thresholds, factors, out, linear, width, BLOCK: tl.constexpr) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     value = tl.load(x + row * width + at, mask=inside, other=0.0)
     start = _mix(tl.load(keys + row) ^ linear)
@@ -173,7 +175,7 @@ def drop(x: Tensor, keys: Tensor, thresholds: Tensor, factors: Tensor, linear: i
     rows, width = x.shape
     out = torch.empty_like(x)
     block = min(2048, _block(width))
-    _drop[(rows, triton.cdiv(width, block))](x, keys, thresholds, factors, out, linear, width, block, num_warps=4)
+    _drop[(triton.cdiv(width, block), rows)](x, keys, thresholds, factors, out, linear, width, block, num_warps=4)
     return out
 
 
@@ -262,11 +264,11 @@ def rows_times(
 ) -> None:
     """grouped.rows_times."""
     inner, width = stack.shape[1:]
-    block_n = 64 if width <= 64 else 128
+    # The best of eight shapes each on an H200, 11,340 rows of 8 adapters (tests/benchmarks/NOTES.md).
+    block_n, block_k, warps, stages = (64, 128, 8, 3) if width <= 64 else (128, 32, 4, 4)
     _rows_times[(triton.cdiv(width, block_n), len(tiles))](
         x, stack, out, tiles, scales if scales is not None else x, x.stride(0), *stack.stride(), out.stride(0),
-        inner, width, add, scales is not None, block_m, block_n, 64,
-        num_warps=4 if block_n == 64 else 8, num_stages=3,
+        inner, width, add, scales is not None, block_m, block_n, block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -70,11 +70,11 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: not argument.startswith("-"))
 
 
-def in_a_process(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> Ended:
+def in_a_process(*arguments: str, cwd: Path, **environment: str) -> Ended:
     """`python -m mathverify.train ARGUMENTS` as a user starts it."""
     done = subprocess.run(
         [sys.executable, "-m", "mathverify.train", *flags_first(arguments)],
         cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True, text=True, timeout=timeout,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     return Ended(done.returncode, done.stdout, done.stderr)

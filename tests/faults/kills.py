@@ -183,8 +183,8 @@ def whole(scenario: Scenario, place: Path) -> None:
         for file in folder.glob("adapter/*.json"):
             json.loads(file.read_text())
         if (folder / "metrics.jsonl").exists():
-            for line in (folder / "metrics.jsonl").read_text().splitlines():
-                json.loads(line)
+            for words in (folder / "metrics.jsonl").read_text().splitlines():
+                json.loads(words)
     if scenario.study and (journal := place / "multirun/s/study.journal").exists():
         for line in journal.read_bytes().split(b"\n")[:-1]:  # what comes after the last line's end is torn, or nothing
             json.loads(line)
