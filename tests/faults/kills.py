@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.faults.commands import OUT, Forked, OwnProcess, Running
 from tests.faults.killer import Event
 from tests.faults.results import write_result
@@ -36,19 +38,28 @@ SPACE = ["lora.rank=choice(2,4,8)", "optimizer.learning_rate=tag(log,interval(1e
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, and where it leaves what: run folders by glob, and whether there is a study."""
+    """A command, and where it leaves what: run folders by glob, and whether there is a study.
+
+    exact: it ends bitwise like the uninterrupted one. A pack does not: which trials are left to share a pass with after
+    a kill changes the order of additions, so there the invariant of packs holds, a tolerance.
+    """
 
     name: str
     arguments: Sequence[str]
     runs: str
     study: bool = False
     wandb: bool = False
+    exact: bool = True
 
 
 RUN = Scenario("run", [*COMMON, "hydra.run.dir=run"], "run")
 WITH_WANDB = Scenario("run with W&B", [*COMMON, "tracking=wandb", "tracking.mode=offline", "hydra.run.dir=run"], "run", wandb=True)  # fmt: skip
 SWEEP = Scenario("sweep", [*STUDY, *COMMON, *SPACE], "multirun/s/[0-9]*", study=True)
-PACK = Scenario("sweep as a pack", [*STUDY, *COMMON, *SPACE, "hydra/launcher=pack"], "multirun/s/[0-9]*", study=True)
+# Its sampler looks at no other trial: with two trials at once it depends on chance which are told when one is proposed.
+TOGETHER = ["hydra/launcher=pack", "hydra.sweeper.n_jobs=2", "hydra/sweeper/sampler=random"]
+PACK = Scenario(
+    "sweep as a pack", [*STUDY[:-1], *TOGETHER, *COMMON, *SPACE], "multirun/s/[0-9]*", study=True, exact=False
+)
 
 
 def scenarios() -> list[Scenario]:
@@ -246,6 +257,21 @@ def _require_equal(ends: dict[str, Any], calm: dict[str, Any]) -> None:
         assert ends[name].keys() == end.keys()
 
 
+def _require_close(ends: dict[str, Any], calm: dict[str, Any]) -> None:
+    """The same trials, parameters, states and steps; losses and scores within the tolerance of packs."""
+    assert ends.keys() == calm.keys(), f"{sorted(ends)} instead of {sorted(calm)}"
+    for name, end in calm.items():
+        if name == "study":
+            for number, (state, parameters, values) in end.items():
+                assert ends[name][number][:2] == (state, parameters), f"trial {number}: {ends[name][number]}"
+                assert np.allclose(ends[name][number][2], values, atol=1.01 / 48), "more than one row judged otherwise"
+            continue
+        assert (ends[name]["status"], ends[name]["steps"]) == (end["status"], end["steps"])
+        assert np.allclose(ends[name]["losses"], end["losses"], rtol=1e-5, atol=1e-7), f"{name}: losses"
+        ours, theirs = (np.frombuffer(e["scores"]) for e in (ends[name], end))
+        assert np.allclose(ours, theirs, rtol=0, atol=1e-4), f"{name}: scores"
+
+
 # The whole
 
 
@@ -282,7 +308,7 @@ def _calm(scenario: Scenario, work: Path) -> Calm:
     finish(scenario, _new(work / f"first-{scenario.name}"), Forked)  # warms the cache
     seconds = finish(scenario, own, OwnProcess), finish(scenario, forked, Forked)
     end = end_of(scenario, own)
-    _require_equal(end_of(scenario, forked), end)
+    (_require_equal if scenario.exact else _require_close)(end_of(scenario, forked), end)
     return Calm(end, seconds)
 
 
@@ -312,7 +338,7 @@ def _one_folder(scenario: Scenario, place: Path, dice: random.Random, tally: Tal
     finish(scenario, place, start)
     now = finished(scenario, place)
     assert done.items() <= now.items(), "a finished run was lost or done again"
-    _require_equal(end_of(scenario, place), calm.end)
+    (_require_equal if scenario.exact else _require_close)(end_of(scenario, place), calm.end)
     tally.ends += 1
 
 

@@ -87,16 +87,16 @@ def test_any_letters_and_spaces_in_paths_are_no_bad_input(command: Command, tmp_
     assert read_record(place / "ein Lauf").status is Status.completed
 
 
-@pytest.mark.parametrize("name", ["study.journal.flock", ".lock"])
+@pytest.mark.parametrize("ending", [".flock", ".lock"])
 def test_a_study_that_another_process_holds_locked_is_told(
-    name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ending: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert command(*TINY, *STUDY, RANK, "train.max_steps=2").code == 0
     monkeypatch.setattr("mathverify.sweep.storage.LOCK_SECONDS", 0.2)
-    folder = tmp_path / "multirun" / "s"
-    folder.mkdir(parents=True)
-    with (folder / name).open("w") as held:
+    name = next(p.name for p in (tmp_path / "multirun" / "s").iterdir() if p.name.endswith(ending))
+    with (tmp_path / "multirun" / "s" / name).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        ended = command(*TINY, *STUDY, RANK)
+        ended = command(*TINY, *STUDY, RANK, "train.max_steps=2", "hydra.sweeper.n_trials=2")
     check(Case("locked", [], [name, "locked by another process", "end it"]), ended)
 
 

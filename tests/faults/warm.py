@@ -11,6 +11,8 @@ import mathverify.engine.generate
 import mathverify.prepare
 import mathverify.run
 import mathverify.screen
+import mathverify.sweep.pack_launcher
+import mathverify.sweep.packs
 import mathverify.sweep.sweeper
 
 __all__ = ["mathverify", "optuna", "pydantic", "scipy", "torch", "transformers"]
