@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mathverify.config import RunConfig
 from mathverify.errors import RunFailed, UserError
 from mathverify.printable import printable
+
+MOST_JOBS = 10_000
+"""Of a grid: each is composed and checked before the first one starts."""
 
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: bad input of any kind; a run that failed by itself."""
@@ -103,7 +107,11 @@ class Preflight(Callback):
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # other sweepers make up their jobs as they go
         wrong = 0
-        for number, overrides in enumerate(_grid(config.hydra.overrides.task)):
+        try:
+            jobs = _grid(config.hydra.overrides.task)
+        except UserError as error:
+            sys.exit(report(error))
+        for number, overrides in enumerate(jobs):
             try:
                 refuse_contradictions(overrides)
                 self._check_job(config, number, overrides)
@@ -166,15 +174,24 @@ def _redact_logs() -> None:
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of Hydra's own grid: one list of overrides for each combination of choices, in its order."""
+    """The jobs of Hydra's own grid: one list of overrides for each combination of choices, in its order.
+
+    Raises:
+        UserError: there are more than anybody means.
+    """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     axes = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        [f"{one.get_key_element()}={value}" for value in itertools.islice(one.sweep_string_iterator(), MOST_JOBS + 1)]
         if one.is_sweep_override()
         else [str(one.input_line)]
         for one in parsed
         if not one.get_key_element().startswith("hydra.")
     ]
+    if math.prod(map(len, axes)) > MOST_JOBS:
+        raise UserError(
+            f"{' '.join(overrides)}: is a grid of more than {MOST_JOBS:,} jobs: give fewer values, or sample them with "
+            "hydra/sweeper=optuna"
+        )
     return [list(combination) for combination in itertools.product(*axes)]
 
 

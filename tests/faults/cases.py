@@ -75,6 +75,7 @@ CONFIG = [
     Case("hydra's own typo", ["hydra.run.dirr=x"], ["hydra.run.dirr"]),
     Case("hydra's own choice", ["hydra/launcher=nosuch"], ["hydra/launcher"]),
     Case("a flag that is none", ["--nosuch"], ["--nosuch"]),
+    Case("a grid without end", ["-m", "seed=range(0,1000000000)"], ["seed=range", "more than 10,000 jobs", "hydra/sweeper=optuna"]),
     Case("a grid with a bad job", ["-m", "lora.rank=2,0"], ["job 1", "lora.rank = 0", ">= 1"]),
 ]  # fmt: skip
 
