@@ -146,3 +146,19 @@ def test_other_ways_to_say_out_of_memory_count_too(text: str) -> None:
     assert budget.until_it_fits([10] * 10, work) == 25
     with pytest.raises(RuntimeError, match="shape"):
         budget.until_it_fits([10], lambda: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_table_is_read_under_a_cap_far_below_its_text(ending: str) -> None:
+    """300,000 rows of 740 bytes are 212 MiB of text; `python -m tests.faults.million_rows` does a million."""
+    from .million_rows import measure
+
+    assert measure(300_000, cap_mib=512, ending=ending)["rows"] == 300_000
+
+
+def test_the_cap_is_one() -> None:
+    from .million_rows import measure
+
+    with pytest.raises(AssertionError, match="emory"):
+        measure(20_000, cap_mib=1)
