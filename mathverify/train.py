@@ -52,11 +52,12 @@ def train_one(config: RunConfig, folder: Path, console: Console | None = None) -
     from mathverify.records import read_record
     from mathverify.run import Interrupted, PackRunner, heeding_signals, interruptible, open_run
     from mathverify.screen import RunScreen
+    from mathverify.tracking import uploads_in_background
 
     start = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    with heeding_signals() as stop, RunScreen(config, folder, console) as screen:
+    with uploads_in_background(), heeding_signals() as stop, RunScreen(config, folder, console) as screen:
         try:
             with shown() as progress:
                 bench = prepare(config, interruptible(progress, stop))

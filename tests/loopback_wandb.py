@@ -30,6 +30,7 @@ class LoopbackWandb:
         self.operations: list[str] = []
         self.exits: dict[str, int] = {}
         self.released = threading.Event()
+        self.lines: dict[str, dict[int, dict[str, Any]]] = {}
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -50,9 +51,23 @@ class LoopbackWandb:
         self._http.server_close()
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """The history rows that have arrived for one run, so far."""
+        """A run's history as the server has it: by line, a line that was sent again replacing the earlier one."""
         with self._lock:
-            return [row for _, run, row in self.history if run == run_id]
+            return [row for _, row in sorted(self.lines.get(run_id, {}).items())]
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """What was last said of a run: displayName, groupName, jobType, tags, and its config by key."""
+        with self._lock:
+            said = [upsert for upsert in self.upserts if upsert.get("name") == run_id]
+        known = {key: value for upsert in said for key, value in upsert.items() if value is not None}
+        config = json.loads(known.get("config") or "{}")
+        return known | {"config": {key: item["value"] for key, item in config.items() if key != "_wandb"}}
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The runs that were announced, in order."""
+        with self._lock:
+            return list(dict.fromkeys(upsert["name"] for upsert in self.upserts if upsert.get("name")))
 
     def wait_for_rows(self, run_id: str, count: int, seconds: float) -> bool:
         """Whether at least `count` history rows of the run arrive within `seconds`."""
@@ -92,10 +107,30 @@ class LoopbackWandb:
                 }
             }
         if "RunResumeStatus" in query or "RunStatus" in query:
-            return {
-                "data": {"model": {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}, "bucket": None}}
-            }
+            model = {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}}
+            return {"data": {"model": model | {"bucket": self._bucket(str(variables.get("name")))}}}
         return {"errors": [{"message": "not known to the loopback server"}]}
+
+    def _bucket(self, name: str) -> dict[str, Any] | None:
+        """What a client is told that wants to go on with a run; None for one that the server does not have."""
+        if name not in self.run_ids:
+            return None
+        rows, known = self.rows(name), self.run(name)
+        return {
+            "id": f"id-{name}",
+            "name": name,
+            "displayName": known.get("displayName"),
+            "summaryMetrics": json.dumps(self.summary.get(name, {})),
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsTail": "[]",
+            "config": json.dumps({key: {"value": value} for key, value in known["config"].items()}),
+            "tags": known.get("tags") or [],
+            "notes": None,
+            "wandbConfig": '{"t": 1}',  # without it the client takes the run for one that never began
+        }
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -163,8 +198,10 @@ class LoopbackWandb:
         files = body.get("files") or {}
         now = time.monotonic() - self._began
         with self._lock:
-            for line in files.get("wandb-history.jsonl", {}).get("content", []):
+            history = files.get("wandb-history.jsonl", {})
+            for number, line in enumerate(history.get("content", []), start=int(history.get("offset") or 0)):
                 self.history.append((now, run_id, json.loads(line)))
+                self.lines.setdefault(run_id, {})[number] = json.loads(line)
             for line in files.get("wandb-summary.json", {}).get("content", []):
                 self.summary[run_id] = json.loads(line)
             if body.get("complete"):

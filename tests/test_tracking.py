@@ -218,12 +218,12 @@ def test_a_pack_streams_while_it_runs_and_leaves_no_secret(server: LoopbackWandb
         assert [row["train/loss"] for row in rows] == [rank / step for step in range(1, 11)]
         assert server.summary[run_id]["test/accuracy"] == rank / 100
         assert server.summary[run_id]["status"] == "completed"
-        assert server.summary[run_id]["validation/accuracy"]["max"] == 0.5
+        assert server.summary[run_id]["validation/accuracy"] == {"max": 0.5, "last": 0.5}
         assert [line["train/loss"] for line in lines(folder) if "train/loss" in line] == [r["train/loss"] for r in rows]
         first = next(u for u in server.upserts if u.get("name") == run_id)
         assert first["displayName"] == f"r{rank}-a64-b4" and first["groupName"] == "study"
         assert first["jobType"] == "train" and "tiny" in first["tags"]
-        assert json.loads(first["config"])["lora"]["value"]["rank"] == rank
+        assert json.loads(first["config"])["rank"]["value"] == rank
     tables = [body for path, body in server.uploads.items() if "predictions" in path and path.endswith(".table.json")]
     assert tables and all(len(json.loads(t)["data"]) == 5 for t in tables)
     assert any(body == b"weights" for body in server.uploads.values())

@@ -27,6 +27,11 @@ def goes_online(mode: TrackingMode) -> bool:
     return os.environ.get("WANDB_MODE", "online") == "online" and has_key()
 
 
+def is_disabled() -> bool:
+    """Whether W&B's own switch turns it off altogether."""
+    return os.environ.get("WANDB_MODE") == "disabled"
+
+
 def has_key() -> bool:
     """Whether a W&B key is configured, in the environment or in netrc for W&B's host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

@@ -1,10 +1,11 @@
-"""What the W&B runs of a process share: settings, the memory of an outage, and one warning for all of them."""
+"""What the W&B runs of a process share: W&B's service process, the memory of an outage, one warning for all of them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import math
+import os
 import shlex
 import threading
 import time
@@ -21,13 +22,27 @@ log = logging.getLogger(__name__)
 
 
 class Outage:
-    """When a run of this process last failed to start online."""
+    """When a run of this process last failed to start online, or to be uploaded in time."""
 
     began = -math.inf
+    _is_new = False
+
+    @classmethod
+    def note(cls) -> None:
+        cls.began, cls._is_new = time.monotonic(), True
 
     @classmethod
     def is_recent(cls) -> bool:
         return time.monotonic() - cls.began < RETRY_SECONDS
+
+    @classmethod
+    def since_set_up(cls) -> bool:
+        """Whether there was one in the lifetime of the service process that is there now."""
+        return cls._is_new
+
+    @classmethod
+    def is_over_for_the_service(cls) -> None:
+        cls._is_new = False
 
 
 class Warnings:
@@ -85,6 +100,39 @@ def outages_become_one_warning(run_dir: Path) -> Iterator[None]:
         yield
     except Exception as error:
         Warnings.once(run_dir, error)
+
+
+def set_up(run_dir: Path) -> None:
+    """Have W&B's service process running, for this process alone, and its words handed to `Warnings`."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which complains aloud of outages
+    import wandb
+
+    quiet = wandb.Settings(silent=True)
+    wandb.setup(settings=quiet)
+    os.environ.pop("WANDB_SERVICE", None)  # child processes are to have a service of their own
+    wandb.termsetup(quiet, Warnings(run_dir))
+
+
+def end() -> None:
+    """End W&B's service process at once: asked to end, it would wait for a server that does not answer.
+
+    What it has not uploaded is in its files. A later run of this process gets a new one.
+    """
+    import wandb
+    from wandb.sdk import wandb_setup
+
+    connection: Any = wandb_setup.singleton()._connection
+    with contextlib.suppress(AttributeError):  # none was started, or W&B has changed: then its own way has to do
+        connection._proc._process.kill()
+    teardown = threading.Thread(target=_tear_down, args=(wandb,), name="wandb-teardown", daemon=True)
+    teardown.start()
+    teardown.join(5.0)
+    Outage.is_over_for_the_service()
+
+
+def _tear_down(wandb: Any) -> None:
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def settings(mode: str, start_seconds: float, finish_seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 
 from mathverify.config import RunConfig, TrackingKind
 from mathverify.records import Predictions, Status, redact
-from mathverify.tracking.account import goes_online
+from mathverify.tracking.account import goes_online, is_disabled
 from mathverify.tracking.local import Tracker, Value, finite
-from mathverify.tracking.mirror import FINISH_SECONDS, START_SECONDS, Mirror
-from mathverify.tracking.vocabulary import STEP
+from mathverify.tracking.mirror import FINISH_SECONDS, START_SECONDS, Mirror, RunCard
+from mathverify.tracking.vocabulary import DEFINITIONS, RUN_JOB, STEP, flat_config, run_name, run_tags
 
 
 class WandbTracker(Tracker):
@@ -33,7 +32,14 @@ class WandbTracker(Tracker):
     ) -> None:
         super().__init__(run_dir, resume_step)
         self._settings = config.tracking
-        self._mirror = Mirror(config, run_dir, job_type, online, start_seconds, finish_seconds)
+        self._mirror = Mirror(
+            run_card(config, job_type),
+            run_dir,
+            online=online,
+            start_seconds=start_seconds,
+            finish_seconds=finish_seconds,
+        )
+        self._mirror.send(_define_metrics)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         super().log(step, values)
@@ -56,12 +62,26 @@ class WandbTracker(Tracker):
         self._mirror.close(status)
 
 
+def run_card(config: RunConfig, job_type: str) -> RunCard:
+    """How a run is filed in W&B."""
+    tracking = config.tracking
+    return RunCard(
+        project=tracking.project,
+        entity=tracking.entity,
+        group=None if tracking.group is None else str(redact(tracking.group)),
+        name=run_name(config),
+        job_type=job_type,
+        tags=run_tags(config),
+        config=flat_config(config),
+    )
+
+
 def open_tracker(
     config: RunConfig,
     run_dir: Path,
     *,
     resume_step: int | None = None,
-    job_type: str = "train",
+    job_type: str = RUN_JOB,
     start_seconds: float = START_SECONDS,
     finish_seconds: float | None = None,
 ) -> Tracker:
@@ -71,7 +91,7 @@ def open_tracker(
     finish_seconds: longest wait for uploads in `finish` (default 60; ten times that with an adapter to upload).
     Raises UserError when tracking.mode=online and no key is configured.
     """
-    if config.tracking.kind is TrackingKind.none or os.environ.get("WANDB_MODE") == "disabled":
+    if config.tracking.kind is TrackingKind.none or is_disabled():
         return Tracker(run_dir, resume_step)
     if finish_seconds is None:
         finish_seconds = FINISH_SECONDS * (10 if config.tracking.log_adapter else 1)
@@ -84,6 +104,12 @@ def open_tracker(
         start_seconds=start_seconds,
         finish_seconds=finish_seconds,
     )
+
+
+def _define_metrics(run: Any) -> None:
+    run.define_metric(STEP, hidden=True)
+    for name, summary in DEFINITIONS:
+        run.define_metric(name, step_metric=STEP, summary=summary)
 
 
 def _table(predictions: Predictions, rows: int) -> Any:
