@@ -16,8 +16,9 @@ KEY = "0123456789abcdef" * 2 + "01234567"  # any 40 characters pass the client's
 class LoopbackWandb:
     """Answers the GraphQL and file-stream calls of the wandb client on 127.0.0.1 and keeps every request.
 
-    `behaviour`: "ok", "500", "401", "cut" (closes connections unanswered) or "hang" (answers after `stop()` only);
-    may be changed while clients talk to it. `history` holds (seconds since start, run id, row) as they arrive.
+    `behaviour`: "ok", "slow" (answers after a second), "500", "401", "html" (a captive portal's page), "cut" (closes
+    connections unanswered), "torn" (in the middle of the answer) or "hang" (answers when the server is closed only); may
+    be changed while clients talk to it. `history` holds (seconds since start, run id, row) as they arrive.
     """
 
     def __init__(self, behaviour: str = "ok") -> None:
@@ -219,10 +220,12 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
         def _reply(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
+            self._send(status, "application/json", json.dumps(body).encode())
+
+        def _send(self, status: int, kind: str, data: bytes, promised: int | None = None) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(promised or len(data)))
             self.end_headers()
             self.wfile.write(data)
 
@@ -233,6 +236,15 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                     return True
                 case "cut":
+                    self.close_connection = True
+                    return True
+                case "slow":
+                    time.sleep(1.0)
+                case "html":
+                    self._send(200, "text/html", b"<html><body>Please accept the terms of this network</body></html>")
+                    return True
+                case "torn":
+                    self._send(200, "application/json", b'{"data": {"upsertBu', promised=400)
                     self.close_connection = True
                     return True
                 case "500" | "401" as status:
