@@ -24,13 +24,15 @@ class Base:
     """A frozen causal LM on one device.
 
     model: in evaluation mode, no parameter requires a gradient. dtype: of activations and of unquantised weights.
-    fingerprint: hex digest that changes with the weights' origin (see `weights_fingerprint`).
+    fingerprint: hex digest that changes with the weights' origin (see `weights_fingerprint`). quantization: how the
+    decoder's linears are to be stored; FP8 is made from dense weights by the engine.
     """
 
     model: PreTrainedModel
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
+    quantization: QuantizationKind = QuantizationKind.none
 
 
 _warm: dict[str, Base] = {}
@@ -51,7 +53,8 @@ def load_base(config: RunConfig) -> Base:
         _refuse_impossible(config.quantization, device)
         model = _load_model(config.model, config.quantization, device, dtype)
         model.requires_grad_(False).eval()
-        _warm[key] = Base(model, torch.device(device), dtype, weights_fingerprint(config.model))
+        kind = config.quantization.kind
+        _warm[key] = Base(model, torch.device(device), dtype, weights_fingerprint(config.model), kind)
     return _warm[key]
 
 
@@ -162,7 +165,7 @@ def _load_model(
 
 
 def _bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
-    if quantization.kind is QuantizationKind.none:
+    if quantization.kind in (QuantizationKind.none, QuantizationKind.fp8):
         return None
     from transformers import BitsAndBytesConfig
 
@@ -180,7 +183,13 @@ def _refuse_impossible(quantization: QuantizationConfig, device: str) -> None:
     if quantization.kind is not QuantizationKind.none and device != "cpu":
         import torch
 
-        if torch.cuda.get_device_capability(device) < (6, 0):
+        capability = torch.cuda.get_device_capability(device)
+        if quantization.kind is QuantizationKind.fp8 and capability < (9, 0):
+            raise UserError(
+                f"quantization = fp8 needs a GPU of compute capability 9.0 (Hopper) or newer, this one has "
+                f"{capability[0]}.{capability[1]}: use quantization=nf4 or none"
+            )
+        if capability < (6, 0):
             raise UserError(
                 f"quantization = {quantization.kind.value} needs a GPU of compute capability 6.0 or newer: "
                 "use quantization=none or device=cpu"

@@ -25,12 +25,13 @@ class Dtype(Enum):
 
 
 class QuantizationKind(Enum):
-    """How the frozen base's linear weights are stored."""
+    """How the frozen base's linear weights are stored; fp8 also multiplies in 8 bits (Hopper or newer)."""
 
     none = "none"
     nf4 = "nf4"
     fp4 = "fp4"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class OptimizerKind(Enum):
@@ -157,7 +158,8 @@ class LoraConfig:
 
 @dataclass
 class QuantizationConfig:
-    """Storage of the frozen base (bitsandbytes). `double_quant` also quantises the 4-bit block scales."""
+    """Storage of the frozen base: bitsandbytes', or FP8 (engine/fp8.py). `double_quant` also quantises the scales of
+    4-bit blocks."""
 
     kind: QuantizationKind = QuantizationKind.none
     double_quant: bool = True

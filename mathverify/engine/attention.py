@@ -54,25 +54,47 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     if (window is not None and window < packed.longest) or kwargs.get("softcap"):
         raise NotImplementedError("this model's attention (sliding window or soft cap) is not supported here")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attend(q, k, v, packed, scaling)[None], None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PassLayout,
+    scaling: float | None = None,
+    last_only: bool = False,
+) -> torch.Tensor:
+    """Attention of a packed pass on [rows, heads, head size] tensors; differentiable.
+
+    Args:
+        query: of every token, or with `last_only` of each segment's last token. key, value: of every token; their
+            number of heads divides the query's.
+
+    Returns:
+        The query's shape.
+    """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, packed, scaling), None
-    return _padded(query, key, value, packed, scaling), None
+        return _varlen(query, key, value, packed, scaling, last_only)
+    return _padded(query, key, value, packed, scaling, last_only)
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PassLayout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PassLayout, scaling: float | None, last_only: bool
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     extra = _varlen_options()
     if "enable_gqa" in extra:
         extra["enable_gqa"] = k.shape[1] != q.shape[1]
     elif k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    out = varlen_attn(q, k, v, packed.starts, packed.starts, packed.longest, packed.longest, scale=scaling, **extra)
+    starts, longest = (packed.one_each, 1) if last_only else (packed.starts, packed.longest)
+    # Causal rows are aligned at the end of the keys, so a segment's only query sees all of them.
+    out = varlen_attn(q, k, v, starts, packed.starts, longest, packed.longest, scale=scaling, **extra)
     assert isinstance(out, torch.Tensor)
-    return out[None]
+    return out
 
 
 @cache
@@ -90,17 +112,24 @@ def _varlen_options() -> dict[str, Any]:
 
 
 def _padded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PassLayout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PassLayout, scaling: float | None, last_only: bool
 ) -> torch.Tensor:
     """The same on a [segments, longest] grid. Padding stands behind each segment, where causal rows never look."""
     grid_shape = (len(packed.segments), packed.longest)
     index = packed.padded_index
+    shares_heads = k.shape[1] != q.shape[1]
 
     def to_grid(t: torch.Tensor) -> torch.Tensor:
-        rows = t[0].transpose(0, 1)
-        grid = rows.new_zeros(grid_shape[0] * grid_shape[1], *rows.shape[1:]).index_copy(0, index, rows)
-        return grid.view(*grid_shape, *rows.shape[1:]).transpose(1, 2)
+        grid = t.new_zeros(grid_shape[0] * grid_shape[1], *t.shape[1:]).index_copy(0, index, t)
+        return grid.view(*grid_shape, *t.shape[1:]).transpose(1, 2)
 
-    q, k, v = to_grid(query), to_grid(key), to_grid(value)
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, index)[None]
+    if last_only:
+        seen = packed.padded_mask[:, None, None, :]
+        one = scaled_dot_product_attention(
+            q[:, :, None], to_grid(k), to_grid(v), attn_mask=seen, scale=scaling, enable_gqa=shares_heads
+        )
+        return one[:, :, 0]
+    out = scaled_dot_product_attention(
+        to_grid(q), to_grid(k), to_grid(v), is_causal=True, scale=scaling, enable_gqa=shares_heads
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, index)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from mathverify.config import MemoryMode, RunConfig
+from mathverify.config import LossKind, MemoryMode, OptimizerKind, RunConfig
+from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel
 
 CPU_TOKENS = 4096
 """On a CPU memory is rarely what limits a pass: this many tokens keep the cores busy without leaving the cache."""
 
-MOST, MOST_LEAN = 65536, 8192
+MOST, MOST_LEAN = 65536, 4096
 """Tokens of the largest pass that is planned on a GPU: beyond these a pass gains no speed, and lean wants it small."""
 
 RESERVE = 0.92
@@ -22,68 +23,89 @@ RESERVE = 0.92
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """tokens: most tokens of a pass. text: the plan as a person reads it before the run."""
+    """tokens: most tokens of a pass. text: the plan as a person reads it before the run.
+
+    fixed_bytes, token_bytes: a pass of n tokens needs fixed_bytes + n token_bytes on the device, everything that was
+    there before included; 0 on a CPU.
+    """
 
     tokens: int
     text: str
+    fixed_bytes: int = 0
+    token_bytes: int = 0
 
 
-def plan_budget(model: PackedModel, config: RunConfig, longest: int) -> BudgetPlan:
-    """Choose the token budget of a run.
+def plan_budget(model: PackedModel, config: RunConfig, longest: int, trials: int = 1) -> BudgetPlan:
+    """Choose the token budget of a run, or of a pack of runs like it.
 
     Args:
-        longest: tokens of the longest segment; a pass is never planned smaller.
+        longest: tokens of the longest segment; a pass is never planned smaller. trials: how many train together.
 
     On a GPU with room for a whole step of longest segments besides, dense copies of the quantised weights are kept.
     """
-    model.recompute_activations(config.train.memory is MemoryMode.lean)
-    step = config.train.examples_per_step * longest
-    if config.train.token_budget is not None:
+    lean = config.train.memory is MemoryMode.lean
+    model.recompute_activations(lean)
+    model.lend_head(lean and model.device.type == "cuda" and config.train.loss is LossKind.label)
+    step = config.train.examples_per_step * longest * trials
+    if config.train.token_budget is not None and model.device.type != "cuda":
         return BudgetPlan(config.train.token_budget, f"{config.train.token_budget:,} tokens a pass, as asked")
     if model.device.type != "cuda":
         return BudgetPlan(max(CPU_TOKENS, longest), f"{max(CPU_TOKENS, longest):,} tokens a pass on the CPU")
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    fixed = adapter_bytes(model, config)
-    per_token = activation_bytes(model, config)
+    fixed = trials * adapter_bytes(model, config) + scratch_bytes(model)
+    per_token = activation_bytes(model, config, trials)
     dense, kept = model.dense_bytes(), ""
-    if dense and config.train.memory is MemoryMode.auto and free * RESERVE - fixed - dense > step * per_token:
+    if dense and not lean and free * RESERVE - fixed - dense > step * per_token:
         model.keep_dense()
-        fixed, kept = fixed + dense, ", dequantised weights kept"
+        free -= dense
+        fixed -= scratch_bytes(model)
+        kept = ", dequantised weights kept"
     fits = int((free * RESERVE - fixed) / per_token)
-    tokens = max(longest, min(fits, step, MOST_LEAN if config.train.memory is MemoryMode.lean else MOST))
-    needs = (total - free + fixed + min(tokens, step) * per_token) / 2**30
-    return BudgetPlan(tokens, f"needs {needs:.1f} of {total / 2**30:.0f} GiB: {tokens:,} tokens a pass{kept}")
+    tokens = max(longest, min(fits, step, MOST_LEAN if lean else MOST))
+    if config.train.token_budget is not None:
+        tokens = config.train.token_budget
+    beyond = fixed + min(tokens, step) * per_token
+    text = f"needs {(total - free + beyond) / 2**30:.1f} of {total / 2**30:.0f} GiB: {tokens:,} tokens a pass{kept}"
+    return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
 
 
 def adapter_bytes(model: PackedModel, config: RunConfig) -> int:
-    """Bytes of a trial's float32 adapter and gradient, its optimizer state, and the checkpoint's working copy."""
-    from mathverify.config import OptimizerKind
-    from mathverify.engine.lora import targets
-
+    """Bytes of a trial: float32 adapter and gradient, optimizer state, and the copy in the passes' own dtype."""
     shapes = model.host.shapes
     parameters = sum(config.lora.rank * sum(shapes[name]) for name in targets(shapes, config.lora))
     state = 8 if config.optimizer.kind is OptimizerKind.adamw else 2
-    return parameters * (8 + state)
+    copy = model.base.dtype.itemsize if model.base.dtype is not torch.float32 else 0
+    return parameters * (8 + state + copy)
 
 
-def activation_bytes(model: PackedModel, config: RunConfig) -> int:
-    """Bytes that one token of a training pass keeps until its backward pass, for Llama-like decoders.
+def scratch_bytes(model: PackedModel) -> int:
+    """Bytes of the buffer that quantised weights are made dense in: the largest group of linears with one input."""
+    if model.fast is None or model.dense_bytes() == 0:
+        return 0
+    return max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups) * model.base.dtype.itemsize
 
-    Per layer: hidden-size tensors (two normalisations with their float32 copies, residuals, attention in and out),
-    query/key/value with their rotated copies, and the MLP's three intermediate tensors; plus one low-rank product per
-    adapted linear. Recomputed activations keep one hidden-size tensor a layer and one whole layer at a time.
+
+def activation_bytes(model: PackedModel, config: RunConfig, trials: int = 1) -> int:
+    """Bytes that one token of a training pass needs at the peak, for Llama-like decoders.
+
+    What decoder.py keeps per layer: the residual stream twice, rotated query/key/value and attention's output with
+    its log-sum-exp, gate and up, the adapters' low-rank activations; of the last layer, when only verdicts are
+    trained, just the stream, keys and values. Working space: the widest moment of a layer's backward pass. Recomputed
+    activations keep one hidden-size tensor a layer, and one whole layer at a time.
     """
     shape: Any = model.base.model.config
-    width = torch.finfo(model.base.dtype).bits // 8
+    width = model.base.dtype.itemsize
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads, kv = shape.num_attention_heads, getattr(shape, "num_key_value_heads", shape.num_attention_heads)
     head = getattr(shape, "head_dim", None) or hidden // heads
-    normalised = 2 * (2 * hidden * width + 2 * hidden * 4)
-    attention = width * (2 * (heads + 2 * kv) * head + 2 * hidden)
-    mlp = width * 4 * inner
-    low_rank = width * config.lora.rank * len(config.lora.target_modules)
-    one_layer = normalised + attention + mlp + low_rank
+    ranks = config.lora.rank * len(config.lora.target_modules)
+    one_layer = width * (2 * hidden + (2 * heads + 2 * kv) * head + 2 * inner + ranks) + 4 * (heads + 2)
+    if model.fast is None:  # transformers' modules under autograd keep normalised rows and the MLP's products as well
+        one_layer += width * (2 * inner + 4 * hidden) + 8 * hidden
+    working = width * (inner + 4 * hidden) + 8 * head + 64
     if config.train.memory is MemoryMode.lean:
-        return int(layers * hidden * width + one_layer)
-    return int(layers * one_layer)
+        return int(layers * hidden * width + one_layer + working)
+    whole_layers = layers - 1 if model.fast is not None and config.train.loss is LossKind.label else layers
+    return int(whole_layers * one_layer + working)

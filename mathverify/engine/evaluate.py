@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def score(
     scores = np.full((len(adapters), len(store)), np.nan)
     lengths = [int(store.lengths[row]) for _, row in work]
     left = cut(lengths, budget.tokens)
+    ready = model.ready(adapters)
     while left:
         part = [work[i] for i in left[0]]
         before = budget.tokens
         values = budget.until_it_fits(
             [int(store.lengths[row]) for _, row in part],
-            lambda part=part: _score_part(model, adapters, store, verdicts, part, budget.tokens),  # type: ignore[misc]
+            lambda part=part: _score_part(model, ready, store, verdicts, part, budget.tokens),  # type: ignore[misc]
         )
         for (slot, row), value in zip(part, values, strict=True):
             scores[slot, row] = value
@@ -64,19 +65,20 @@ def _recut(rest: list[int], lengths: list[int], budget: int) -> list[list[int]]:
 
 def _score_part(
     model: PackedModel,
-    adapters: Sequence[Adapter | None],
+    ready: Ready,
     store: TokenStore,
     verdicts: VerdictTokens,
     part: Sequence[tuple[int, int]],
     budget: int,
 ) -> NDArray[np.float64]:
     segments = [
-        Segment(store.ids(row), bool(store.labels[row]), None if adapters[slot] is None else slot) for slot, row in part
+        Segment(store.ids(row), bool(store.labels[row]), None if ready.adapters[slot] is None else slot)
+        for slot, row in part
     ]
     values = np.full(len(segments), np.nan)
     for indices in cut([len(s) for s in segments], budget):
         layout = PassLayout([segments[i] for i in indices], model.device)
-        with torch.no_grad(), model.host.applying(adapters, layout, training=False):
+        with torch.no_grad(), model.applying(ready, layout, training=False):
             found = layout.unsorted(model.scores(layout, verdicts.true_id, verdicts.false_id))
         values[indices] = found.double().cpu().numpy()
     return values

@@ -7,12 +7,14 @@ and let later gradients go wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from mathverify.engine.fp8 import quantize_rows, scaled_product
 
 
 class FrozenLinear(nn.Module):
@@ -37,6 +39,22 @@ class FrozenLinear(nn.Module):
         if self.dense_weight is not None and self.kept is None:
             self.kept = self.dense_weight(dtype)
 
+    def write_dense(self, out: Tensor) -> None:
+        """Write the dense weight of a quantised linear into `out` [out, in]."""
+        state = getattr(self.original.weight, "quant_state", None)
+        if state is not None and state.dtype is out.dtype and out.is_cuda:  # on a CPU it cannot write into a tensor
+            from bitsandbytes.functional import dequantize_4bit
+
+            dequantize_4bit(self.original.weight.data, state, out=out)
+        else:
+            assert self.dense_weight is not None
+            out.copy_(self.dense_weight(out.dtype))
+
+    def become_fp8(self, codes: Tensor, scales: Tensor) -> None:
+        """Use these FP8 weights (fp8.quantize_rows) from now on; the dense ones are let go."""
+        self.dense_weight = lambda dtype: (codes.to(torch.float32) * scales[:, None]).to(dtype)
+        self.original.weight.data = codes.new_empty(0, dtype=torch.bfloat16)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = self.original.bias
         if self.dense_weight is None:
@@ -59,6 +77,96 @@ class _QuantizedMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         return grad @ ctx.dense_weight(grad.dtype), None
+
+
+class FrozenGroup:
+    """Frozen linears with one input, as one matrix [sum of out, in]: one product where a model has two or three.
+
+    Dense weights are put side by side once and the linears keep views of them, so nothing is held twice. Quantised
+    ones are made dense into a scratch that all groups share, unless `keep_dense` was asked for.
+    """
+
+    def __init__(self, linears: Sequence[FrozenLinear]) -> None:
+        self.linears = list(linears)
+        self.in_features = self.linears[0].in_features
+        self.outs = tuple(linear.out_features for linear in self.linears)
+        self.out_features = sum(self.outs)
+        biases = [linear.original.bias for linear in self.linears]
+        self.bias: Tensor | None = None if any(b is None for b in biases) else torch.cat([b.data for b in biases])
+        self._dense: Tensor | None = None
+        self._codes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # of W and of its transpose
+        if not self.linears[0].is_quantized:
+            self._merge([linear.original.weight.data for linear in self.linears])
+            for own, one in zip(self._split(), self.linears, strict=True):
+                one.original.weight.data = own
+
+    @property
+    def is_fp8(self) -> bool:
+        return self._codes is not None
+
+    def product(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """x W^T + bias, added to `y` in place if given (not for FP8). x: [rows, in]. Returns [rows, out]."""
+        if self._codes is not None:
+            assert y is None, "FP8 products do not add"
+            y = scaled_product(x, *self._codes[0])
+        else:
+            weight = self.dense(x.dtype).t()
+            y = torch.mm(x, weight) if y is None else y.addmm_(x, weight)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def grad(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """Gradient of x from that of the product, grad W, added to `into` if given. grad: [rows, out]."""
+        if self._codes is not None:
+            own = scaled_product(grad, *self._codes[1])
+            return own if into is None else into.add_(own)
+        weight = self.dense(grad.dtype)
+        return torch.mm(grad, weight) if into is None else into.addmm_(grad, weight)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weights [out, in]; valid until another group's are asked for."""
+        if self._dense is not None:
+            return self._dense
+        scratch = _scratch(self.out_features * self.in_features, dtype, self.linears[0].original.weight.device)
+        whole = scratch.view(self.out_features, self.in_features)
+        for own, one in zip(whole.split(self.outs), self.linears, strict=True):
+            one.write_dense(own)
+        return whole
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Hold the dense weights from now on."""
+        if self._dense is None and self._codes is None:
+            self._dense = self.dense(dtype).clone()
+            for own, one in zip(self._split(), self.linears, strict=True):
+                one.kept = own
+
+    def to_fp8(self) -> None:
+        """Store the weights as FP8, once for x W^T and once for its gradient; the dense ones are let go."""
+        dense = self._dense
+        assert dense is not None, "FP8 starts from dense weights"
+        self._codes = quantize_rows(dense), quantize_rows(dense.t().contiguous())
+        codes, scales = self._codes[0]
+        for own, scale, one in zip(codes.split(self.outs), scales.split(self.outs), self.linears, strict=True):
+            one.become_fp8(own, scale)
+        self._dense = None
+
+    def _merge(self, weights: Sequence[Tensor]) -> None:
+        self._dense = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+    def _split(self) -> tuple[Tensor, ...]:
+        assert self._dense is not None
+        parts: tuple[Tensor, ...] = self._dense.split(self.outs)
+        return parts
+
+
+_scratches: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _scratch(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The first `numbers` of a buffer that all dequantised weights take turns in: streams run in order."""
+    found = _scratches.get((dtype, device))
+    if found is None or found.numel() < numbers:
+        found = _scratches[(dtype, device)] = torch.empty(numbers, dtype=dtype, device=device)
+    return found[:numbers]
 
 
 def _dense_weight(module: nn.Linear) -> Callable[[torch.dtype], Tensor] | None:

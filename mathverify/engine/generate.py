@@ -86,6 +86,7 @@ def _write(
 @contextmanager
 def _plain_attention(model: PackedModel) -> Iterator[None]:
     """Generation keeps a cache and pads on the left, which packed attention does not know."""
+    model.lend_head(False)
     model.base.model.set_attn_implementation("sdpa")
     try:
         yield

@@ -12,9 +12,11 @@ def use_liger(model: PackedModel) -> bool:
     """Put Liger's fused normalisation, rotary embedding and SwiGLU into a CUDA model.
 
     Returns:
-        Whether it was done: liger-kernel is installed (the `gpu` extra), the device is CUDA, and Liger knows the
-        architecture.
+        Whether it was done: the base runs through transformers' modules, liger-kernel is installed (the `gpu` extra),
+        the device is CUDA, and Liger knows the architecture.
     """
+    if model.fast is not None:
+        return False  # decoder.py brings its own
     if model.device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
         return False
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

@@ -38,6 +38,48 @@ class Span:
     end: int
 
 
+class Rows:
+    """Which rows of a matrix belong to which adapter; rows of none come first, then adapter after adapter."""
+
+    def __init__(self, spans: list[Span], device: torch.device) -> None:
+        self.spans, self.device = spans, device
+        self._ends: torch.Tensor | None = None
+
+    @property
+    def first(self) -> int:
+        """The first row that an adapter applies to."""
+        return self.spans[0].end if self.spans[0].slot is None else 0
+
+    def ends(self, slots: int) -> torch.Tensor:
+        """int32 [slots]: where each adapter's rows end, counted from `first`; one without rows repeats the last."""
+        if self._ends is None:
+            ends = np.zeros(slots, dtype=np.int32)
+            for span in self.spans:
+                if span.slot is not None:
+                    ends[span.slot] = span.end - self.first
+            values = torch.from_numpy(np.maximum.accumulate(ends))
+            self._ends = values.to(self.device, non_blocking=True)
+        return self._ends
+
+    def has_all(self, slots: int) -> bool:
+        """Whether every adapter has rows here."""
+        return sum(span.slot is not None for span in self.spans) == slots
+
+    def present(self, slots: int) -> torch.Tensor:
+        """int64 [slots]: 1 for adapters with rows here, else 0."""
+        here = np.zeros(slots, dtype=np.int64)
+        here[[span.slot for span in self.spans if span.slot is not None]] = 1
+        return torch.from_numpy(here).to(self.device, non_blocking=True)
+
+    def per_row(self, values: Sequence[float]) -> torch.Tensor:
+        """float32 [rows]: for each row the value of its adapter, 1 for rows of none."""
+        parts = [
+            np.full(span.end - span.start, 1.0 if span.slot is None else values[span.slot], dtype=np.float32)
+            for span in self.spans
+        ]
+        return torch.from_numpy(np.concatenate(parts)).to(self.device, non_blocking=True)
+
+
 class PassLayout:
     """Segments of one pass, ordered by slot so that each adapter's tokens are contiguous.
 
@@ -56,16 +98,26 @@ class PassLayout:
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.tokens = int(self.offsets[-1])
         self.longest = int(lengths.max())
-        self.spans = self._spans()
+        self.spans = self._spans(self.offsets)
 
-    def _spans(self) -> list[Span]:
+    def _spans(self, offsets: NDArray[np.int64]) -> list[Span]:
         spans: list[Span] = []
-        for segment, start, end in zip(self.segments, self.offsets[:-1], self.offsets[1:], strict=True):
+        for segment, start, end in zip(self.segments, offsets[:-1], offsets[1:], strict=True):
             if spans and spans[-1].slot == segment.slot:
                 spans[-1] = Span(segment.slot, spans[-1].start, int(end))
             else:
                 spans.append(Span(segment.slot, int(start), int(end)))
         return spans
+
+    @cached_property
+    def token_rows(self) -> Rows:
+        """Rows of matrices with one row a token."""
+        return Rows(self.spans, self.device)
+
+    @cached_property
+    def segment_rows(self) -> Rows:
+        """Rows of matrices with one row a segment."""
+        return Rows(self._spans(np.arange(len(self.segments) + 1)), self.device)
 
     def _tensor(self, values: NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).to(self.device, non_blocking=True)
@@ -96,6 +148,16 @@ class PassLayout:
         """int64 [tokens]: where each token goes in a [segments x longest] grid."""
         rows = np.repeat(np.arange(len(self.segments)), self.lengths)
         return self._tensor(rows * self.longest + self._positions, torch.int64)
+
+    @cached_property
+    def padded_mask(self) -> torch.Tensor:
+        """bool [segments, longest]: which places of that grid hold a token."""
+        return self._tensor(np.arange(self.longest)[None] < self.lengths[:, None], torch.bool)
+
+    @cached_property
+    def one_each(self) -> torch.Tensor:
+        """int32 [segments + 1]: running offsets of one row a segment."""
+        return self._tensor(np.arange(len(self.segments) + 1), torch.int32)
 
     @cached_property
     def token_keys(self) -> torch.Tensor:

@@ -22,6 +22,8 @@ class Adapter:
 
     flat, grad: float32 [parameters]; the optimizer, clipping and the NaN check see these two only.
     pairs: {linear name: (A [rank, in], B [out, rank])}, views of `flat` whose .grad are views of `grad`.
+    places: {linear name: offsets of A and B in `flat`}. The A's of linears with one input lie one behind the other, so
+    that they are one matrix.
 
     A starts as PEFT's: uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B as zero, so training starts at the base.
     Each A has a random stream of its own name, so it does not depend on which other linears are targeted.
@@ -34,21 +36,41 @@ class Adapter:
         count = sum(rank * (inputs + outputs) for inputs, outputs in self.shapes.values())
         self.flat = torch.zeros(count, device=device)
         self.grad = torch.zeros(count, device=device)
+        self.places = _places(self.shapes, rank)
         self.pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        place = 0
         for name, (inputs, outputs) in self.shapes.items():
-            a, place = self._view(place, rank, inputs)
-            b, place = self._view(place, outputs, rank)
+            a_place, b_place = self.places[name]
+            a, b = self._view(a_place, rank, inputs), self._view(b_place, outputs, rank)
             self.pairs[name] = (a, b)
             generator = torch.Generator().manual_seed((seed << 32) + (linear_key(name) & 0xFFFFFFFF))
             bound = 1.0 / math.sqrt(inputs)
             a.data.copy_(torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator))
 
-    def _view(self, place: int, rows: int, columns: int) -> tuple[nn.Parameter, int]:
+    def _view(self, place: int, rows: int, columns: int) -> nn.Parameter:
         end = place + rows * columns
         view = nn.Parameter(self.flat[place:end].view(rows, columns))
         view.grad = self.grad[place:end].view(rows, columns)
-        return view, end
+        return view
+
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears of a decoder layer that read the same input."""
+
+
+def _places(shapes: dict[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
+    """Offsets of A and B of every linear: for each set with a shared input first all A's, then all B's."""
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for name in shapes:
+        parent, _, last = name.rpartition(".")
+        shared: tuple[str, ...] = next((group for group in SHARED_INPUT if last in group), (last,))
+        sets.setdefault((parent, *shared), []).append(name)
+    a_places, b_places, place = {}, {}, 0
+    for (_, *order), names in sets.items():
+        for name in sorted(names, key=lambda n: order.index(n.rpartition(".")[2])):
+            a_places[name], place = place, place + rank * shapes[name][0]
+        for name in names:
+            b_places[name], place = place, place + rank * shapes[name][1]
+    return {name: (a_places[name], b_places[name]) for name in shapes}
 
 
 def targets(shapes: dict[str, tuple[int, int]], lora: LoraConfig) -> list[str]:

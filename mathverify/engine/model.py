@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,13 +14,24 @@ from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from mathverify.base import Base
+from mathverify.config import QuantizationKind
 from mathverify.engine.attention import ATTENTION, register
+from mathverify.engine.decoder import Decoder, PassAdapters, is_supported
 from mathverify.engine.layout import PassLayout
-from mathverify.engine.lora import AdapterHost
+from mathverify.engine.lora import Adapter, AdapterHost
+from mathverify.engine.products import Weights, weights_of
 from mathverify.errors import UserError
 
 _LOGIT_ROWS = 1024
 """Positions whose vocabulary-wide logits are held at once (sequence loss only)."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Adapters by slot, and their weights as passes need them (None where transformers runs the base)."""
+
+    adapters: Sequence[Adapter | None]
+    weights: Weights | None
 
 
 class PackedModel:
@@ -34,24 +47,62 @@ class PackedModel:
         self.decoder: nn.Module = base.model.get_decoder()
         base.model.set_attn_implementation(ATTENTION)
         self.host = AdapterHost(base.model, skip=head)
+        self.fast = Decoder(base.model, self.host) if is_supported(base.model) else None
+        if base.quantization is QuantizationKind.fp8:
+            self._to_fp8()
         self._finish = _logit_finish(base.model.config)
+        self._bare = self.ready([])
+        self._now: tuple[Ready, bool] | None = None
 
-    def hidden(self, layout: PassLayout) -> Tensor:
-        """Final hidden states [tokens, hidden] of a pass; adapters as `host.applying` says."""
+    def _to_fp8(self) -> None:
+        if self.fast is None:
+            kind = self.base.model.config.model_type
+            raise UserError(f"quantization = fp8 is not there for {kind} models: use quantization=nf4, int8 or none")
+        for group in self.fast.groups:
+            group.frozen.to_fp8()
+
+    def ready(self, adapters: Sequence[Adapter | None]) -> Ready:
+        """Adapters for coming passes, prepared once; stale as soon as one of them changes."""
+        weights = None if self.fast is None else weights_of(adapters, self.base.dtype, self.device)
+        return Ready(adapters, weights)
+
+    def hidden(self, layout: PassLayout, last_only: bool = False) -> Tensor:
+        """Final hidden states of a pass: [tokens, hidden], or [segments, hidden] at the last tokens.
+
+        Adapters as `applying` says; none outside of it.
+        """
+        if self.fast is not None:
+            return self.fast.hidden(layout, self._pass_adapters(), last_only)
         out = self.decoder(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, packed=layout)
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return hidden[layout.last] if last_only else hidden
+
+    @contextmanager
+    def applying(self, ready: Ready, layout: PassLayout | None, training: bool) -> Iterator[None]:
+        """Within the block, slot i of a layout means the i-th of these adapters."""
+        self._now = (ready, training)
+        try:
+            with self.host.applying(ready.adapters, layout, training):
+                yield
+        finally:
+            self._now = None
+
+    def _pass_adapters(self) -> PassAdapters:
+        ready, training = self._now or (self._bare, False)
+        assert ready.weights is not None
+        dropouts = [0.0 if adapter is None else adapter.lora.dropout for adapter in ready.adapters]
+        return PassAdapters(ready.weights, dropouts, training)
 
     def scores(self, layout: PassLayout, true_id: int, false_id: int) -> Tensor:
         """Log-odds of True: logit(True) - logit(False) at each segment's last token, float32 [segments].
 
         Only two rows of the output layer are used. Order: that of `layout.segments`.
         """
-        at_verdict = self.hidden(layout)[layout.last].float()
-        rows = self.head.weight[[true_id, false_id]].float()
+        at_verdict = self.hidden(layout, last_only=True).float()
+        rows = self.head.weight[[true_id, false_id]].to(self.device).float()
         logits: Tensor = at_verdict @ rows.t()
         if self.head.bias is not None:
-            logits = logits + self.head.bias[[true_id, false_id]].float()
+            logits = logits + self.head.bias[[true_id, false_id]].to(self.device).float()
         logits = self._finish(logits)
         return logits[:, 0] - logits[:, 1]
 
@@ -65,6 +116,7 @@ class PackedModel:
 
         Segments must include their verdict token; the first token of a segment is never a target.
         """
+        self.lend_head(False)
         hidden = self.hidden(layout)
         source = torch.ones(layout.tokens, dtype=torch.bool, device=self.device)
         source[layout.last] = False
@@ -86,18 +138,39 @@ class PackedModel:
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def dense_bytes(self) -> int:
-        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already."""
+        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already.
+
+        None for FP8, whose weights are not made dense.
+        """
+        if self.base.quantization is QuantizationKind.fp8:
+            return 0
         width = self.base.dtype.itemsize
         linears = [packed.frozen for packed in self.host.linears.values()]
         return sum(f.in_features * f.out_features * width for f in linears if f.is_quantized and f.kept is None)
 
     def keep_dense(self) -> None:
         """Hold dense copies of all quantised linears: the same numbers without dequantising in every pass."""
+        if self.base.quantization is QuantizationKind.fp8:
+            return
+        for group in () if self.fast is None else self.fast.groups:
+            group.frozen.keep_dense(self.base.dtype)
         for packed in self.host.linears.values():
             packed.frozen.keep_dense(self.base.dtype)
 
+    def lend_head(self, wanted: bool) -> None:
+        """Move the output layer to the host's memory, of which verdicts read two rows, or back to the device.
+
+        A layer that shares its weights with the embedding stays where it is.
+        """
+        shared = self.head.weight is getattr(self.base.model.get_input_embeddings(), "weight", None)
+        if not shared:
+            self.head.to("cpu" if wanted else self.device)
+
     def recompute_activations(self, wanted: bool) -> None:
         """Activation checkpointing of every decoder layer, or none."""
+        if self.fast is not None:
+            self.fast.recompute = wanted
+            return
         layers: Sequence[Any] = getattr(self.decoder, "layers", [])
         for layer in layers:
             layer.gradient_checkpointing = wanted

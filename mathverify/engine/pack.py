@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mathverify.config import LossKind
 from mathverify.engine.layout import PassLayout, Segment
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
@@ -55,8 +55,9 @@ class Pack:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
+        ready = self.model.ready([trial.adapter for trial in trials])
         for kind, part in self._cut(trials, segments):
-            self._one_pass(trials, kind, PassLayout(part, self.model.device), totals)
+            self._one_pass(trials, ready, kind, PassLayout(part, self.model.device), totals)
         sums: list[float] = totals.tolist()
         return sums
 
@@ -67,10 +68,12 @@ class Pack:
             for indices in cut([len(s) for s in own], self.budget.tokens):
                 yield kind, [own[i] for i in indices]
 
-    def _one_pass(self, trials: Sequence[Trial], kind: LossKind, layout: PassLayout, totals: Tensor) -> None:
+    def _one_pass(
+        self, trials: Sequence[Trial], ready: Ready, kind: LossKind, layout: PassLayout, totals: Tensor
+    ) -> None:
         weights = torch.tensor([s.weight for s in layout.segments], device=self.model.device)
         slots = torch.tensor([s.slot for s in layout.segments], device=self.model.device)
-        with self.model.host.applying([trial.adapter for trial in trials], layout, training=True):
+        with self.model.applying(ready, layout, training=True):
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()

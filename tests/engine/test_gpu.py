@@ -111,6 +111,92 @@ def test_a_trial_in_a_bf16_pack_ends_near_where_it_ends_alone(rows: Rows, config
         assert cosine(packed, alone.adapter.flat) > 0.999
 
 
+def test_kernels_equal_their_definitions_in_torch() -> None:
+    """Each Triton kernel against the torch function of the same name, at odd sizes, in both number formats."""
+    from mathverify.engine import elementwise as ew
+
+    def both(work: Callable[..., object], *tensors: torch.Tensor, **options: object) -> None:
+        on_cpu = [t.clone() for t in tensors]
+        on_gpu = [t.cuda() for t in tensors]
+        found, expected = work(*on_gpu, **options), work(*on_cpu, **options)
+        pairs = list(zip(on_gpu, on_cpu, strict=True))
+        returned: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if found is not None:
+            made = ((t,) if isinstance(t, torch.Tensor) else t for t in (found, expected))
+            returned = list(zip(*made, strict=True))
+        for mine, theirs in [*pairs, *returned]:
+            scale = theirs.float().abs().max() + 1e-6
+            tolerance = 1e-5 if theirs.dtype is torch.float32 else 2**-7
+            assert float((mine.float().cpu() - theirs.float()).abs().max() / scale) < tolerance, work
+
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(0)
+
+        def rand(*shape: int, dtype: torch.dtype = dtype, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        weight = rand(96) + 1
+        both(ew.add_norm, rand(7, 96), rand(7, 96), weight, eps=1e-5)
+        both(ew.norm_grad, rand(7, 96), rand(7, 96), rand(7, dtype=torch.float32).abs() + 0.5, weight, rand(7, 96))
+        angles = torch.randn(7, 8, generator=generator).repeat(1, 2)
+        for inverse in (False, True):
+            both(ew.rotate, rand(7, 5, 16), angles.cos(), angles.sin(), inverse=inverse)
+        both(ew.swiglu, rand(7, 2 * 3000))
+        both(ew.swiglu_grad, rand(7, 3000), rand(7, 2 * 3000))
+
+
+def test_fp8_products_on_the_matrix_units_equal_those_of_the_codes() -> None:
+    from mathverify.engine.fp8 import quantize_rows, scaled_product
+
+    x = torch.randn(50, 256, device="cuda", dtype=torch.bfloat16) * torch.logspace(-3, 3, 50, device="cuda")[:, None]
+    w = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    for tensor in (x, w):
+        found, expected = quantize_rows(tensor.to(torch.bfloat16)), quantize_rows(tensor.to(torch.bfloat16).cpu())
+        assert torch.allclose(found[1].cpu(), expected[1])
+        assert float((found[0].float().cpu() != expected[0].float()).float().mean()) < 0.01  # ties may round either way
+    codes, scales = quantize_rows(w)
+    on_gpu = scaled_product(x.to(torch.bfloat16), codes, scales).cpu().float()
+    on_cpu = scaled_product(x.to(torch.bfloat16).cpu(), codes.cpu(), scales.cpu()).float()
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 0.01
+
+
+def test_grouped_products_equal_the_loop(rows: Rows, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed ranks, targets, scales and dropout; a trial without rows in some passes; the bare base beside adapters."""
+    from mathverify.engine import model as engine_model
+    from mathverify.engine.products import LoopWeights
+
+    model = on_gpu()
+    configs = [
+        config(seed=1, rank=5, dropout=0.2, alpha=3.0),
+        config(seed=2, rank=16, batch_size=1),
+        config(seed=3, rank=8, target_modules=["q_proj", "down_proj"], dropout=0.1, rslora=True),
+    ]
+
+    def gradients(budget: int) -> list[torch.Tensor]:
+        trials = [Trial.start(settings, rows, VERDICTS, model) for settings in configs]  # type: ignore[arg-type]
+        for trial in trials:
+            trial.adapter.flat.data.normal_(0, 0.05, generator=torch.Generator("cuda").manual_seed(1))
+        segments = [segment for slot, trial in enumerate(trials) for segment in trial.segments(slot)]
+        Pack(model, TokenBudget(budget))._passes(trials, segments)
+        scores = score(model, [None, *(t.adapter for t in trials)], rows, VERDICTS, TokenBudget(300))  # type: ignore[arg-type]
+        return [trial.adapter.grad.clone() for trial in trials] + [torch.from_numpy(scores)]
+
+    grouped = [gradients(budget) for budget in (10**6, 60)]
+    monkeypatch.setattr(engine_model, "weights_of", lambda adapters, dtype, device: LoopWeights(adapters, dtype))
+    looped = [gradients(budget) for budget in (10**6, 60)]
+    for one, other in zip(grouped, looped, strict=True):
+        for mine, theirs in zip(one[:-1], other[:-1], strict=True):
+            assert cosine(mine, theirs) > 0.9995
+        assert float((one[-1] - other[-1]).abs().max()) < 0.05
+
+
+def test_the_fast_decoder_follows_transformers(rows: Rows, config: Config) -> None:
+    fast, plain = on_gpu(), on_gpu()
+    plain.fast = None
+    for loss in LossKind:
+        assert cosine(gradient(fast, rows, config(loss=loss)), gradient(plain, rows, config(loss=loss))) > 0.999
+
+
 def test_a_real_out_of_memory_halves_the_budget_and_changes_nothing_else(config: Config) -> None:
     model = on_gpu(torch.float32)
     rows = random_rows(64, low=100, high=120)

@@ -196,11 +196,11 @@ def test_an_out_of_memory_halves_the_budget_and_changes_nothing_else(
     real = PackedModel.hidden
     seen: list[int] = []
 
-    def crowded(self: PackedModel, layout: object) -> torch.Tensor:
+    def crowded(self: PackedModel, layout: object, last_only: bool = False) -> torch.Tensor:
         seen.append(layout.tokens)  # type: ignore[attr-defined]
         if layout.tokens > 50:  # type: ignore[attr-defined]
             raise torch.OutOfMemoryError("injected")
-        return real(self, layout)  # type: ignore[arg-type]
+        return real(self, layout, last_only)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PackedModel, "hidden", crowded)
     (pressed,) = train(model, rows, [config(dropout=0.2)], budget=200)
@@ -213,7 +213,7 @@ def test_an_out_of_memory_halves_the_budget_and_changes_nothing_else(
 def test_a_segment_that_cannot_fit_is_said_in_one_line(
     model: PackedModel, rows: Rows, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: PackedModel, layout: object) -> torch.Tensor:
+    def full(self: PackedModel, layout: object, last_only: bool = False) -> torch.Tensor:
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(PackedModel, "hidden", full)
