@@ -30,6 +30,7 @@ from mathverify.engine.loop import train
 from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.engine.trial import StepReport, Trial, TrialState
+from mathverify.examples.sources import rows_fingerprint
 from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
@@ -91,6 +92,7 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
     record.device = device_name(bench.model.device)
+    record.test_fingerprint = rows_fingerprint(bench.splits.test)
     record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
