@@ -30,6 +30,8 @@ class LoopbackWandb:
         self.uploads: dict[str, bytes] = {}
         self.operations: list[str] = []
         self.exits: dict[str, int] = {}
+        self.projects: list[str] = ["p"]
+        self.views: dict[str, dict[str, Any]] = {}
         self.released = threading.Event()
         self.lines: dict[str, dict[int, dict[str, Any]]] = {}
         self._began = time.monotonic()
@@ -85,6 +87,14 @@ class LoopbackWandb:
             self.operations.append(query.strip().split("(")[0].split("{")[0].strip())
         if "upsertBucket" in query:
             return self._upsert(variables)
+        if "upsertView" in query:
+            return self._upsert_view(variables)
+        if "allViews" in query:
+            return self._all_views(variables)
+        if "ProjectInternalId" in query:
+            return {"data": {"project": {"id": "p1", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}}}
+        if "models(" in query:
+            return self._all_projects()
         if "createRunFiles" in query:
             return self._run_files(variables)
         if "createArtifact(" in query:
@@ -153,6 +163,30 @@ class LoopbackWandb:
             "project": project,
         }
         return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """A saved workspace view (type project-view) or a report (type runs)."""
+        with self._lock:
+            view = dict(variables) | {"id": variables.get("id") or f"view{len(self.views)}"}
+            inserted = view["id"] not in self.views
+            self.views[view["id"]] = view
+        project = {"id": "p1", "name": view["projectName"], "entityName": view["entityName"]}
+        return {"data": {"upsertView": {"view": view | {"project": project}, "inserted": inserted}}}
+
+    def _all_views(self, variables: dict[str, Any]) -> dict[str, Any]:
+        if (variables.get("project") or variables.get("projectName")) not in self.projects:
+            return {"data": {"project": None}}
+        kind, name = variables.get("viewType") or "runs", variables.get("viewName")
+        found = [v for v in self.views.values() if v["type"] == kind and name in (None, v["name"])]
+        edges = [{"node": view, "cursor": view["id"]} for view in found]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"data": {"project": {"allViews": {"edges": edges, "pageInfo": page}}}}
+
+    def _all_projects(self) -> dict[str, Any]:
+        common = {"entityName": "tester", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+        nodes = [{"id": name, "name": name, **common} for name in self.projects]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"data": {"models": {"edges": [{"node": node} for node in nodes], "pageInfo": page}}}
 
     def _run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         names = variables.get("files") or []

@@ -112,7 +112,7 @@ class Mirror:
     def _start(self) -> Any:
         if self._before is not None:  # the same run again, begun while its last upload was on its way
             self._before._thread.join(self._before._patience)
-        service.set_up(self._folder)
+        service.set_up(Warnings(self._folder))
         atexit.unregister(settle)
         atexit.register(settle)  # after W&B's own hook, so that it runs before it
         with _starting:  # one at a time: after the first failure the others of a pack need not try

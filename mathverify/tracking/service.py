@@ -102,15 +102,15 @@ def outages_become_one_warning(run_dir: Path) -> Iterator[None]:
         Warnings.once(run_dir, error)
 
 
-def set_up(run_dir: Path) -> None:
-    """Have W&B's service process running, for this process alone, and its words handed to `Warnings`."""
+def set_up(terminal: Warnings | None) -> None:
+    """Have W&B's service process running, for this process alone; what it would print goes to `terminal`, or nowhere."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which complains aloud of outages
     import wandb
 
     quiet = wandb.Settings(silent=True)
     wandb.setup(settings=quiet)
     os.environ.pop("WANDB_SERVICE", None)  # child processes are to have a service of their own
-    wandb.termsetup(quiet, Warnings(run_dir))
+    wandb.termsetup(quiet, terminal)
 
 
 def end() -> None:
