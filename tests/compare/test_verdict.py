@@ -103,9 +103,7 @@ def test_optimism_is_validation_minus_test_of_the_chosen(make: Make) -> None:
     )
 
 
-def test_without_validation_the_test_set_chooses_and_all_pairs_are_paid_for(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_validation_the_test_set_chooses_and_all_pairs_are_paid_for(make: Make) -> None:
     comparison = read_runs(three(make, 0.83, 0.80, 0.79))
     for run in comparison.runs:
         run.validation = None
