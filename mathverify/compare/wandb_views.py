@@ -28,7 +28,7 @@ MEASURED = (
     SELECTED_BY, REPORTED, f"{REPORTED}_low", f"{REPORTED}_high", "test/auroc", "test/brier",
     "examples_seen", "seconds/all", "tokens_per_second", "peak_memory_bytes",
 )  # fmt: skip
-SAVE_SECONDS = 90.0  # for all of it; the client's own retries would go on for hours
+SAVE_SECONDS = 60.0  # for all of it; the client's own retries would go on for hours
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ def columns(searched: Sequence[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _job(job_type: str) -> list[Any]:
-    from wandb_workspaces import expr
-
-    return [expr.Metric("JobType") == job_type]
+def _job(job_type: str) -> str:
+    """A filter, in the library's words."""
+    return f"Metric('JobType') = '{job_type}'"
 
 
 def _best_first() -> list[Any]:
@@ -152,7 +151,9 @@ def _curves(searched: list[str]) -> list[Any]:
 
     return [
         wr.LinePlot(x=STEP, y=["validation/accuracy"], title="Validation accuracy"),
-        wr.LinePlot(x=STEP, y=["train/loss"], title="Training loss", smoothing_type="exponential", smoothing_factor=0.6),
+        wr.LinePlot(
+            x=STEP, y=["train/loss"], title="Training loss", smoothing_type="exponential", smoothing_factor=0.6
+        ),
         *(
             wr.LinePlot(
                 x=STEP,
@@ -293,6 +294,7 @@ def _bounded(target: str, save: Callable[[], list[str]]) -> list[str]:
         said = " ".join(str(redact(str(failed[0]))).split())[:200] or type(failed[0]).__name__
     else:
         said = f"no answer within {SAVE_SECONDS:.0f} s"
+    service.end()  # it would go on trying, also when this process wants to end
     raise UserError(
         f"--wandb {target}: the W&B server did not take it ({said}): check the names and `wandb login`, and try again"
     )
