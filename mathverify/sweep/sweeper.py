@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -70,6 +71,7 @@ def sweep(
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
     validated = 0 if is_worker() else composer.preflight()
+    launcher = _launcher(context, task, config)  # before anything is made: it refuses settings of its own
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     _hide_password(settings, config)
     remember(session)
@@ -80,7 +82,7 @@ def sweep(
     proposer.ended = lambda trial: report.say(report.trial_line(session, trial))
     try:
         with _interruptible():
-            _run_all(proposer, context, task, config)
+            _run_all(proposer, launcher, config)
     except (KeyboardInterrupt, SystemExit):
         _interrupted(proposer)
     return None if is_worker() else _close(session, proposer)
@@ -111,7 +113,13 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
 # Running
 
 
-def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
+def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
+    return Plugins.instance().instantiate_launcher(
+        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
+    )
+
+
+def _run_all(proposer: Proposer, launcher: Launcher, config: DictConfig) -> None:
     settings = proposer.session.settings
     basic = config.hydra.launcher.get("_target_") == BASIC
     if settings.n_jobs > 1 and basic and not is_worker():
@@ -122,9 +130,6 @@ def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, conf
         proposer.problem = any(code == STOPPED for code in codes)
         if proposer.problem:
             return
-    launcher = Plugins.instance().instantiate_launcher(
-        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
-    )
     _quiet_launchers()
     with Heart(proposer.beat):
         if isinstance(launcher, StreamingLauncher):
