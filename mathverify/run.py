@@ -268,8 +268,7 @@ class PackRunner:
             return
         for run in list(self.open.values()):
             run.error = error
-            run.trial.fail(str(error))
-            self._end_early(run)
+            self._close(run, Status.failed, str(error))
 
     def _interrupt(self, reason: str) -> None:
         """Every open run keeps its checkpoint; one that could not be saved keeps what it had."""
