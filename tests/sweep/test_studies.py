@@ -16,7 +16,8 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from .conftest import Sweep, small, study_of
+from .conftest import Sweep, small
+from .ends import study_of
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 STUDIES = sorted(file.stem for file in SWEEPS.glob("*.yaml"))
