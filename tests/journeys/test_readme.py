@@ -64,7 +64,7 @@ def made_small(command: str, place: Path) -> str:
         extra = [s for s in extra if not s.startswith("train.max_")]
     if "data" in chosen:
         extra = [s for s in extra if s != "data=arithmetic"]
-    if "sweep=" in command and "hydra.sweeper.n_trials" not in chosen:
+    if "sweep" in command:
         extra.append("hydra.sweeper.n_trials=2")
     return " ".join([command, *extra, f"data.cache_dir='{place}/cache'"])
 
