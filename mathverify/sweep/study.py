@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -24,7 +23,9 @@ from mathverify.records import RESULT, redact
 from mathverify.sweep.samplers import make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Dimension, Space
-from mathverify.sweep.storage import existing_storage, open_storage, shown, study_lock
+from mathverify.sweep.storage import alone, existing_storage, open_storage, shown
+
+T = TypeVar("T")
 
 FACTS = "mathverify"
 """Study attribute: what the study was made of (StudyFacts)."""
@@ -65,18 +66,16 @@ class Session:
     def directions(self) -> list[str]:
         return self.facts.directions
 
+    def alone(self, section: Callable[[], T]) -> T:
+        """Run `section` while no other worker of the study proposes, takes over or tells; see storage.alone."""
+        return alone(self.storage, self.name, self.folder, section)
+
     @property
     def budget(self) -> int:
         """The study's total of trials."""
         points = self.space.size
         assert self.settings.n_trials is not None or points is not None
         return self.settings.n_trials or points or 0
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other worker of the study proposes, takes over or tells meanwhile."""
-        with study_lock(self.storage, self.name, self.folder):
-            yield
 
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as they are now; not to be changed."""
@@ -118,7 +117,8 @@ def open_session(
     sampler, pruner = make_sampler(settings, space), make_pruner(settings)
     storage = open_storage(settings.storage, folder)
     ours = _facts(settings, space, directions, base, folder)
-    with study_lock(storage, name, folder):
+
+    def make_or_check() -> tuple[optuna.Study, StudyFacts]:
         _refuse_foreign(folder, _loaded(name, storage))
         study = optuna.create_study(
             storage=storage,
@@ -132,7 +132,11 @@ def open_session(
         if FACTS not in study.user_attrs:
             study.set_user_attr(FACTS, facts.to_plain())
         if not (folder / MARK).exists():
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / MARK, facts.id.encode())
+        return study, facts
+
+    study, facts = alone(storage, name, folder, make_or_check)
     return Session(settings, study, storage, name, folder, space, facts)
 
 
@@ -222,7 +226,7 @@ def open_existing(settings: Settings, folder: Path, sampler: BaseSampler | None 
     """
     quiet_optuna()
     name = study_name(settings, folder)
-    storage = open_storage(settings.storage, folder)
+    storage = open_storage(settings.storage, folder, patient=True)
     try:
         study = optuna.load_study(
             study_name=name, storage=storage, sampler=sampler or RandomSampler(), pruner=NopPruner()

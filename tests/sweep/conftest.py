@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optuna
 import pytest
@@ -74,20 +76,30 @@ class Program:
     """The program in its own folder."""
 
     folder: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        """Sweep; study `s`, seeded, unless the overrides say otherwise."""
+    def start(self, *overrides: str, said: IO[str] | None = None) -> subprocess.Popen[str]:
+        """Sweep; study `s`, seeded, unless the overrides say otherwise. said: a file instead of pipes for its words."""
         standard = ["hydra.sweeper.study_name=s", "hydra.sweeper.sampler.seed=1"]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "app.py", "-m", *standard, *overrides],
-            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+            stdout=said or subprocess.PIPE, stderr=said or subprocess.PIPE,
         )  # fmt: skip
+        self.started.append(process)
+        return process
 
-    def sweep(self, *overrides: str, code: int = 0) -> str:
+    def end(self) -> None:
+        """Leave no process behind, whatever a test came to."""
+        for process in self.started:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def sweep(self, *overrides: str, code: int = 0, seconds: float = 60) -> str:
         """Sweep to the end; what it printed."""
         process = self.start(*overrides)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=seconds)
         assert process.returncode == code, out + err
         return out + err
 
@@ -134,8 +146,10 @@ def make_program(folder: Path) -> Program:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
-    return make_program(tmp_path / "program")
+def program(tmp_path: Path) -> Iterator[Program]:
+    program = make_program(tmp_path / "program")
+    yield program
+    program.end()
 
 
 # Trials of the embedded default
