@@ -8,7 +8,6 @@ import re
 import shlex
 import sys
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from mathverify.printable import printable as printable
 from mathverify.records import CHECKPOINT, RunRecord, Status
 from mathverify.run import Run, Screen
 from mathverify.scoring import Interval, Metrics
@@ -222,19 +222,6 @@ def as_override(key: str, folder: Path) -> str:
     """KEY=FOLDER as it can be pasted into a shell, whatever the folder is called."""
     plain = re.fullmatch(r"[\w./-]+", str(folder)) is not None
     return f"{key}={folder}" if plain else f"\"{key}='{folder}'\""
-
-
-def printable(text: str) -> str:
-    """Text of unknown origin (names, paths, reasons) with what a terminal would obey written out, e.g. ESC as \\x1b."""
-    return "".join(c if unicodedata.category(c) not in _OBEYED else _written_out(c) for c in text)
-
-
-_OBEYED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories of control characters, direction overrides, surrogates and line ends."""
-
-
-def _written_out(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def final_table(record: RunRecord, folder: Path) -> Table:

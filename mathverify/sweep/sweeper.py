@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
@@ -34,7 +35,9 @@ from mathverify.sweep.settings import Settings, read_settings
 from mathverify.sweep.space import Space, parse_space, quoted
 from mathverify.sweep.storage import briefly, hidden_storage, hide_password, shown
 from mathverify.sweep.study import Session, look_at_session, open_session
+from mathverify.sweep.summary_run import sampler_name, send_summary
 from mathverify.sweep.workers import is_worker, run_workers
+from mathverify.tracking import uploads_in_background
 
 POLL_SECONDS = 0.5
 STOPPED, SOME_FAILED, INTERRUPTED = 1, 3, 130
@@ -70,6 +73,7 @@ def sweep(
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
+    _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     remember(session)
@@ -78,12 +82,13 @@ def sweep(
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
     proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
-    try:
-        with _interruptible():
-            _run_all(proposer, context, task, config)
-    except (KeyboardInterrupt, SystemExit):
-        _interrupted(proposer)
-    return None if is_worker() else _close(session, proposer)
+    with uploads_in_background():
+        try:
+            with _interruptible():
+                _run_all(proposer, context, task, config)
+        except (KeyboardInterrupt, SystemExit):
+            _interrupted(proposer)
+        return None if is_worker() else _close(session, proposer)
 
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
@@ -91,6 +96,7 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
+    _require_custom(settings)
     validated = composer.preflight()
     folder = study_folder(settings, config)
     session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
@@ -104,6 +110,15 @@ def _require_budget(settings: Settings, space: Space) -> None:
             "hydra.sweeper.n_trials = null means every point of the space, and this space cannot be counted: "
             "give a number"
         )
+
+
+def _require_custom(settings: Settings) -> None:
+    if (custom := settings.custom_search_space) is not None:
+        try:
+            get_method(custom)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra.sweeper.custom_search_space = {custom}: no such function: {reason}") from None
 
 
 # Running
@@ -230,6 +245,7 @@ def _close(session: Session, proposer: Proposer) -> dict[str, Any]:
     failed = any(is_failure(trial) for trial in trials)
     completed = "best_value" in results or bool(results.get("solutions"))
     report.say(f"{report.summary(session)}; {proposer.why}" if proposer.why else report.summary(session))
+    send_summary(session, proposer.config, report.program())
     if proposer.problem or not completed:
         sys.exit(STOPPED)
     if failed:
@@ -272,6 +288,8 @@ def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
         extras.append(f"hydra.sweeper.storage={quoted(shown(session.settings.storage))}")
     if OmegaConf.get_type(config) is RunConfig and config.tracking.group is None:
         extras.append(f"tracking.group={quoted(session.name)}")
+    if OmegaConf.get_type(config) is RunConfig:
+        extras += [f"tracking.trial={number}", f"tracking.sampler={sampler_name(session)}"]
     return extras
 
 

@@ -29,6 +29,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from mathverify import entry
 from mathverify.errors import UserError
+from mathverify.judge import current_judge
 from mathverify.sweep import plugin
 
 plugin.register()
@@ -38,12 +39,15 @@ os.environ["HYDRA_FULL_ERROR"] = "1"
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def app(config):
     with open("calls.txt", "a") as file:
-        file.write(f"{HydraConfig.get().job.num} {config.x} {config.y}\\n")
+        device = os.environ.get("CUDA_VISIBLE_DEVICES")
+        file.write(f"{HydraConfig.get().job.num} {config.x} {config.y} {device}\\n")
     time.sleep(config.seconds)
     if config.fail == "always" or config.fail == config.y:
         raise ValueError(f"no luck with y = {config.y}")
     if config.fail == "memory" and config.x > 5:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if config.fail == "report" and (reason := current_judge()(1, {"validation/accuracy": config.y})):
+        print(reason)
     if config.fail == "undefined":
         return float("nan")
     if config.fail == "two":
@@ -99,16 +103,33 @@ class Program:
         assert process.returncode == code, out + err
         return out + err
 
+    def run_plain(self, *overrides: str, code: int = 0) -> str:
+        """Run the program with -m and nothing of ours added; what it printed."""
+        done = subprocess.run(
+            [sys.executable, "app.py", "-m", *overrides],
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
     @property
     def calls(self) -> list[tuple[int, float, str]]:
         """(job number, x, y) of every call so far."""
         file = self.folder / "calls.txt"
         rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [(int(number), float(x), y) for number, x, y in rows]
+        return [(int(number), float(x), y) for number, x, y, _ in rows]
+
+    @property
+    def devices(self) -> list[str]:
+        """The visible devices of every call."""
+        return [line.split()[3] for line in (self.folder / "calls.txt").read_text().splitlines()]
 
     def trials(self, study: str = "s") -> list[FrozenTrial]:
         """The study as its storage has it."""
         storage = open_storage(None, self.folder / "multirun" / study)
+        return optuna.load_study(study_name=study, storage=storage).trials
+
+    def trials_of(self, study: str, storage: str) -> list[FrozenTrial]:
         return optuna.load_study(study_name=study, storage=storage).trials
 
     def results(self, study: str = "s") -> dict[str, Any]:
@@ -159,7 +180,10 @@ Sweep = Callable[..., Swept]
 
 @pytest.fixture
 def sweep_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Sweep]:
-    """`python -m mathverify.train -m ...` in this process, in tmp_path, where the base is warm after the first trial."""
+    """`python -m mathverify.train -m ...` in this process, in tmp_path, where the base is warm after the first trial.
+
+    Not for several workers (n_jobs with Hydra's basic launcher), which are this process's own command again.
+    """
     monkeypatch.chdir(tmp_path)
     handlers, level = logging.root.handlers[:], logging.root.level
 

@@ -155,22 +155,22 @@ def test_the_rows_of_the_mission_keep_rank_alpha_and_batch_on_the_embedded_defau
 
 
 @pytest.mark.slow
-def test_a_trial_is_one_line_and_its_screen_lies_in_its_folder(sweep_here: Sweep) -> None:
-    done = sweep_here(*small("sweep=rank_grid", "seed=1", "tracking.group=null"))
+@pytest.mark.parametrize(("launcher", "screen"), [("basic", "0/screen.txt"), ("pack", "screen.txt")])
+def test_a_trial_is_one_line_and_the_rest_lies_in_a_file(launcher: str, screen: str, sweep_here: Sweep) -> None:
+    done = sweep_here(*small("sweep=rank_grid", "seed=1", f"hydra/launcher={launcher}", "hydra.sweeper.n_jobs=1"))
     lines = done.out.splitlines()
-    own = [line for line in lines if line.startswith("#")]
-    assert len(own) == 3
-    assert re.fullmatch(
-        r"#0  completed  lora=r\d\d seed=1  4 steps  0\.\d+  \| best 0\.\d+ \(#0\)  \| 1/3 done, about .* left", own[0]
-    ) or re.fullmatch(r"#0  completed  lora=r\d\d  4 steps  .*\| best .*\| 1/3 done, about .* left", own[0])
-    assert lines.index(own[1]) == lines.index(own[0]) + 2
-    assert re.fullmatch(r"cost      .* a trial so far; .* for the 2 left", lines[lines.index(own[0]) + 1])
-    assert lines.index(own[2]) == lines.index(own[1]) + 1
-    assert "tuned threshold" not in done.out
-    assert "Traceback" not in done.out
-    screen = (done.folder / "multirun/rank_grid/0/screen.txt").read_text()
-    assert "exact duplicates" in screen
-    assert "tuned threshold" in screen
+    assert lines[8].startswith("cost      known after the first trial")
+    table = lines.index("trial  state      parameters  steps  examples  value   seconds  reason")
+    first, cost, *others = lines[9:table]
+    trial = r"#\d  completed  lora=r\d\d  4 steps  0\.\d+  \| best 0\.\d+ \(#\d\)  "
+    assert re.fullmatch(trial + r"\| 1/3 done, about .* left", first)
+    assert re.fullmatch(r"cost      .* a trial so far; .* for the 2 left", cost)
+    assert len(others) == 2
+    assert re.fullmatch(trial + r"\| 2/3 done, about .* left", others[0])
+    assert re.fullmatch(trial + r"\| 3/3 done", others[1])
+    text = (done.folder / "multirun/rank_grid" / screen).read_text()
+    assert "exact duplicates" in text
+    assert "completed, accuracy" in text or "tuned threshold" in text
 
 
 @pytest.mark.slow
@@ -224,23 +224,26 @@ def test_a_loss_that_is_not_finite_fails_that_trial_only(sweep_here: Sweep) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 3])
 def test_out_of_memory_halves_the_passes_and_what_still_does_not_fit_is_infeasible(
-    sweep_here: Sweep, monkeypatch: pytest.MonkeyPatch
+    at_once: int, sweep_here: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
+    from mathverify.engine.layout import PassLayout
     from mathverify.engine.pack import Pack
 
     calm = Pack._one_pass
 
-    def short_of_memory(self: Pack, trials: Any, kind: Any, layout: Any, totals: Any) -> None:
-        rank = trials[0].config.lora.rank
-        if rank == 64 or (rank == 32 and layout.tokens > 60):
+    def short_of_memory(self: Pack, trials: Any, *rest: Any) -> None:
+        ranks = {trial.config.lora.rank for trial in trials}
+        (layout,) = [given for given in rest if isinstance(given, PassLayout)]
+        if 64 in ranks or (32 in ranks and layout.tokens > 60):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        calm(self, trials, kind, layout, totals)
+        calm(self, trials, *rest)
 
     monkeypatch.setattr(Pack, "_one_pass", short_of_memory)
-    done = sweep_here(*small("sweep=rank_grid", "seed=1"))
+    done = sweep_here(*small("sweep=rank_grid", "seed=1", f"hydra.sweeper.n_jobs={at_once}"))
     assert done.code == 3, done.out[-2000:]
     trials = {t.params["lora"]: t for t in study_of(done.folder / "multirun/rank_grid", "rank_grid").trials}
     assert {name: t.state.name for name, t in trials.items()} == {"r16": "COMPLETE", "r32": "COMPLETE", "r64": "PRUNED"}
