@@ -21,7 +21,7 @@ from mathverify.errors import UserError
 from mathverify.sweep import storage as storages
 from mathverify.sweep.storage import alone, hide_password, open_storage, patience, shown
 
-from ..services import PASSWORD, Postgres, postgres_server, wait_until
+from ..services import PASSWORD, Postgres, postgres_server, wait_until, with_password
 from .conftest import Program, Sweep, small
 
 SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
@@ -232,14 +232,6 @@ def test_a_database_that_refuses_is_one_line_at_once(
 
 
 # Passwords
-
-
-def everything_said_and_written(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def with_password(folder: Path) -> list[Path]:
-    return [path for path, content in everything_said_and_written(folder).items() if PASSWORD.encode() in content]
 
 
 @pytest.mark.long
