@@ -28,10 +28,14 @@ if TYPE_CHECKING:
 
 
 class PackScreen(Screen):
-    """Runs are called by the names of their folders, which are the numbers of a sweep's jobs."""
+    """Runs are called by the names of their folders, which are the numbers of a sweep's jobs.
 
-    def __init__(self, console: Console | None = None) -> None:
+    words: where the lines go if not to the console; a study says a line about each trial itself.
+    """
+
+    def __init__(self, console: Console | None = None, words: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.words = words or self.console
         self._said = time.monotonic()
         self._shown_data: set[str] = set()
         self._latest: dict[Run, StepReport] = {}
@@ -60,7 +64,7 @@ class PackScreen(Screen):
         """A pack is ready: the data report, once, the base, and who trains on it at first."""
         if bench.data_fingerprint not in self._shown_data:
             self._shown_data.add(bench.data_fingerprint)
-            self.console.print(bench.report.render())
+            self.words.print(bench.report.render())
         base = f"{config.model.name} on {bench.model.device}, {config.quantization.kind.value} quantization"
         self.say(f"base: {base}; {bench.plan}")
         self.say(f"together on it: run{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}")
@@ -122,7 +126,7 @@ class PackScreen(Screen):
         self.say(f"run {run.folder.name} ({record.name}) {said}; {sum(run.seconds.values()):.1f} s its share")
 
     def say(self, line: str) -> None:
-        self.console.print(printable(line), markup=False)
+        self.words.print(printable(line), markup=False)
 
     def _progress(self) -> Progress:
         if self._bars is None:

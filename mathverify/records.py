@@ -115,8 +115,10 @@ class Provenance:
 class RunRecord:
     """result.json. Times are ISO 8601 in UTC; `config` is `to_plain` of the resolved RunConfig.
 
-    fingerprint: of the settings that decide the result. data_fingerprint, base_fingerprint: of the rows and of the
-    frozen base. device: as used ("cpu", "cuda:0 NVIDIA H200"). reason: why a run failed or was cut short.
+    fingerprint: of the settings that decide the result. data_fingerprint, base_fingerprint: of the training rows as
+    tokenised and of the frozen base. test_fingerprint: of the test rows themselves, whatever the prompt: only runs that
+    share it can be compared row by row. device: as used ("cpu", "cuda:0 NVIDIA H200"). reason: why a run failed or was
+    cut short.
     """
 
     name: str
@@ -131,6 +133,7 @@ class RunRecord:
     reason: str | None = None
     device: str | None = None
     data_fingerprint: str | None = None
+    test_fingerprint: str | None = None
     base_fingerprint: str | None = None
     metrics: RunMetrics = field(default_factory=RunMetrics)
     costs: Costs = field(default_factory=Costs)
@@ -260,24 +263,29 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 
 def read_predictions(path: Path) -> Predictions:
     """Read predictions.parquet back. Raises UserError when missing, torn, or without the columns."""
+    table = read_prediction_table(path)
+    return Predictions(
+        table["id"].to_pylist(),
+        table["group"].to_pylist(),
+        table["slice"].to_pylist(),
+        table["is_correct"].to_numpy(),
+        table["score"].to_numpy(),
+    )
+
+
+def read_prediction_table(path: Path) -> pyarrow.Table:
+    """The columns of predictions.parquet but for probability, as Arrow holds them. Raises as `read_predictions`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = ["id", "group", "slice", "is_correct", "score"]
     try:
-        table = pq.read_table(path, columns=names, memory_map=True)
-        columns = {name: table.column(name) for name in names}
+        with pq.ParquetFile(path, memory_map=True) as file:  # read_table takes longer and imports pandas
+            return file.read(columns=names).select(names)
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(
             f"{path}: not readable as predictions ({_one_line(str(error))}): run the evaluation again"
         ) from None
-    return Predictions(
-        columns["id"].to_pylist(),
-        columns["group"].to_pylist(),
-        columns["slice"].to_pylist(),
-        columns["is_correct"].to_numpy(),
-        columns["score"].to_numpy(),
-    )
 
 
 def fingerprint(config: RunConfig) -> str:

@@ -240,6 +240,20 @@ def bootstrap(
     return replicates
 
 
+def resample_counts(questions: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each question is drawn, float64 [chunk, questions], chunk by chunk: multinomial rows.
+
+    The draws depend on nothing but the number of questions and the seed.
+    """
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CELLS_PER_CHUNK // questions)
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        picks = rng.integers(0, questions, (rows, questions))
+        picks += np.arange(rows)[:, None] * questions
+        yield (np.bincount(picks.ravel(), minlength=rows * questions).reshape(rows, questions).astype(np.float64))
+
+
 def percentile_interval(replicates: Floats, questions: int, confidence: float = 0.95) -> tuple[float, float]:
     """Expanded percentile interval of bootstrap replicates (Hesterberg 2015, Am. Stat. 69:371).
 
@@ -317,7 +331,7 @@ class _Table:
         return {name: float(values[0]) for name, values in _from_totals(self.totals[None, :]).items()}
 
     def replicates(self, resamples: int, seed: int) -> dict[str, Floats]:
-        totals = np.concatenate([counts @ self.sums for counts in _draws(self.questions, resamples, seed)])
+        totals = np.concatenate([counts @ self.sums for counts in resample_counts(self.questions, resamples, seed)])
         rows = totals[:, :4].sum(axis=1, keepdims=True)
         noise = np.abs(totals[:, 5:] / rows - self.totals[5:] / self.rows).sum(axis=1)
         return _from_totals(totals) | {"ece_noise": noise}
@@ -339,17 +353,6 @@ def _from_totals(totals: Floats) -> dict[str, Floats]:
     return values | {cell: totals[:, k] / rows for k, cell in enumerate(CELLS)}
 
 
-def _draws(questions: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each question is drawn, float64 [chunk, questions], chunk by chunk: multinomial rows."""
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CELLS_PER_CHUNK // questions)
-    for start in range(0, resamples, chunk):
-        rows = min(chunk, resamples - start)
-        picks = rng.integers(0, questions, (rows, questions))
-        picks += np.arange(rows)[:, None] * questions
-        yield (np.bincount(picks.ravel(), minlength=rows * questions).reshape(rows, questions).astype(np.float64))
-
-
 def _auroc_replicates(scores: Floats, labels: NDArray[np.bool_], table: _Table, resamples: int, seed: int) -> Floats:
     """AUROC of each resample, float64 [resamples], as weighted Mann-Whitney statistics over sorted scores."""
     order = np.argsort(scores, kind="stable")
@@ -357,7 +360,7 @@ def _auroc_replicates(scores: Floats, labels: NDArray[np.bool_], table: _Table, 
     codes, right = table.codes[order], labels[order]
     tied = len(starts) < len(order)
     parts = []
-    for counts in _draws(table.questions, resamples, seed):
+    for counts in resample_counts(table.questions, resamples, seed):
         weights = counts[:, codes]
         positive, negative = weights * right, weights * ~right
         if tied:

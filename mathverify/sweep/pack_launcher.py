@@ -82,7 +82,8 @@ def stream(
     context: HydraContext,
     config: DictConfig,
 ) -> None:
-    """Jobs as they come, at most the study's n_jobs at once.
+    """Jobs as they come, at most the study's n_jobs at once. The study says what becomes of them; words about packs go
+    to a file in its folder.
 
     Raises:
         SystemExit: with code 130 after a signal; what was done is saved.
@@ -97,7 +98,7 @@ def stream(
         return None
 
     n_jobs = config.hydra.sweeper.get("n_jobs", 1)
-    _work(next_ticket, n_jobs if most is None else min(n_jobs, most), config)
+    _work(next_ticket, n_jobs if most is None else min(n_jobs, most), config, of_a_study=True)
 
 
 def _work(
@@ -106,6 +107,7 @@ def _work(
     config: DictConfig,
     at_first: Callable[[PackScreen], None] = lambda screen: None,
     if_stopped: Callable[[PackScreen], None] = lambda screen: None,
+    of_a_study: bool = False,
 ) -> None:
     setup_globals()
     ticket = take()
@@ -114,10 +116,13 @@ def _work(
     # From here on it is heavy.
     from mathverify.pack_screen import PackScreen
     from mathverify.run import Interrupted, heeding_signals
+    from mathverify.screen import SCREEN, paper
     from mathverify.sweep.packs import Packs
+    from mathverify.tracking import uploads_in_background
 
     begun = [ticket]
-    with heeding_signals() as stop, PackScreen() as screen:
+    words = paper(Path(ticket.composed.hydra.sweep.dir) / SCREEN) if of_a_study else None
+    with uploads_in_background(), heeding_signals() as stop, PackScreen(words=words) as screen:
         at_first(screen)
         try:
             Packs(lambda: begun.pop() if begun else take(), most, screen, stop).run()

@@ -73,7 +73,7 @@ class Packs:
     # One pack
 
     def _one_pack(self) -> None:
-        """The first ticket in hand and all that share its base, and those that follow them."""
+        """The first ticket in hand and those that share its base, as many as may, and those that follow them."""
         self.first = self.held[0]
         crew = [ticket for ticket in self.held if ticket.base == self.first.base][: self.most]
         self.held = [ticket for ticket in self.held if ticket not in crew]

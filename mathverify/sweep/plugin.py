@@ -38,7 +38,7 @@ class SweeperConf:
     direction: Any = None
     storage: Any = None
     study_name: str | None = None
-    n_trials: int = 20
+    n_trials: int | None = 20
     n_jobs: int = 1
     max_failure_rate: float = 1.0
     search_space: Any = None

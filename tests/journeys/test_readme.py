@@ -17,6 +17,7 @@ import pytest
 from pyarrow.csv import write_csv
 
 from mathverify.records import Status, read_record
+from tests.compare.conftest import config_of, make_run
 
 from .conftest import SMALL
 
@@ -36,7 +37,7 @@ ELSEWHERE = [c for c in COMMANDS if c not in RUNS + MAKE + MODULES]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with what the README's commands refer to: my-model, train.parquet, my-rows.csv, runs."""
+    """A folder with what the README's commands refer to: my-model, train.parquet, replies.csv, runs."""
     from mathverify import tiny
     from mathverify.examples.arithmetic import generate
 
@@ -44,6 +45,10 @@ def place(tmp_path: Path) -> Path:
     rows: pa.Table = generate(900, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
     pq.write_table(rows, tmp_path / "train.parquet")
     write_csv(rows.rename_columns(["question", "reply", "solution", "is_correct"]), tmp_path / "replies.csv")
+    for number in range(4):
+        config = config_of(rank=(16, 64)[number // 2], seed=number % 2)
+        make_run(tmp_path / "multirun" / "rank_grid" / str(number), config)
+        make_run(tmp_path / "outputs" / "2026-11-23" / f"1{number}-00-00", config)
     return tmp_path
 
 

@@ -1,0 +1,168 @@
+"""Which run is better, by how much, and is it real?
+
+python -m mathverify.compare outputs/2026-11-23/10-00-00 outputs/2026-11-23/11-00-00
+python -m mathverify.compare multirun/rank_grid --table table.csv --table table.md
+python -m mathverify.compare multirun/rank_grid --report report.html --figures figures
+python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
+python -m mathverify.compare journal://multirun/rank_grid/study.journal
+python -m mathverify.compare --wandb ENTITY/PROJECT
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mathverify.errors import UserError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}: see python -m mathverify.compare --help", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m mathverify.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "places", nargs="*", metavar="PLACE",
+        help="run folder, folder of runs at any depth, or study URL (journal:///path, sqlite:///path, "
+        "postgresql://...; #NAME picks one study)",
+    )  # fmt: skip
+    made.add_argument("--baseline", metavar="RUN", help="compare all others with this run (folder, label or name)")
+    made.add_argument(
+        "--by", choices=["auto", "run", "configuration"], default="auto",
+        help="compare single runs, or settings over their seeds; auto: settings where any has several seeds",
+    )  # fmt: skip
+    made.add_argument("--confidence", type=float, default=0.95, help="of intervals, and 1 - level of tests (0.95)")
+    made.add_argument(
+        "--table", metavar="PATH", type=Path, action="append", default=[],
+        help="also write the tables: .csv, .md or .tex; may be repeated",
+    )  # fmt: skip
+    made.add_argument("--report", metavar="PATH", type=Path, help="also write a page to look at, one file")
+    made.add_argument("--figures", metavar="FOLDER", type=Path, help="also write figures for a paper")
+    made.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT",
+        help="make the saved view and the report of this W&B project, also without any PLACE; needs an online account",
+    )  # fmt: skip
+    made.add_argument("--limit", type=int, default=40, help="most rows of a table on the terminal, 0 for all (40)")
+    made.add_argument("--resamples", type=int, default=2000, help="bootstrap draws of questions (2000)")
+    made.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare; returns the exit code: 0, or 2 for bad input."""
+    options = parser().parse_args(arguments)
+    if not options.places and options.wandb is None:
+        parser().error("the following arguments are required: PLACE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
+    try:
+        compare(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UserError as error:
+        from mathverify.printable import printable
+
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Read, judge, show, write.
+
+    Raises:
+        UserError: nothing to read, or an option that cannot be.
+    """
+    _check(options)
+    if not options.places:
+        _save_views(options.wandb, [])
+        return
+    from mathverify.compare.reading import read_runs
+
+    comparison = read_runs(options.places)
+    baseline = None if options.baseline is None else comparison.find(options.baseline)
+    if baseline is not None and baseline.repeats is not None:
+        baseline = baseline.repeats
+    if baseline is not None and not baseline.counts:
+        raise UserError(f"--baseline {options.baseline}: is {baseline.state.value}: choose a run that was completed")
+    from rich.console import Console
+
+    from mathverify.compare.show import show
+    from mathverify.compare.table import write_table
+    from mathverify.compare.verdict import By, judge
+
+    verdicts = judge(
+        comparison, baseline=baseline, by=By(options.by), confidence=options.confidence,
+        resamples=options.resamples, seed=options.seed,
+    )  # fmt: skip
+    console = Console(highlight=False)
+    show(console, comparison, verdicts, options.limit)
+    for path in options.table:
+        write_table(path, comparison, verdicts)
+        _say_written(path)
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+        from mathverify.compare.wording import all_sentences
+
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        _say_written(write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline))
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        written = write_figures(comparison, options.figures, baseline=baseline)
+        _say_written(options.figures, f" ({len(written)} files)")
+    if options.wandb is not None:
+        _save_views(options.wandb, comparison.varying)
+
+
+def _say_written(path: Path, more: str = "") -> None:
+    from mathverify.printable import printable
+
+    print(f"written: {printable(str(path))}{more}")
+
+
+def _save_views(target: str, varying: Sequence[str]) -> None:
+    from mathverify.compare.wandb_views import SEARCHED, save_views
+
+    for address in save_views(target, [key for key in varying if key != "seed"] or SEARCHED):
+        print(f"saved: {address}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not 0.5 <= options.confidence < 1.0:
+        raise UserError(f"--confidence {options.confidence} is not possible: use a number in [0.5, 1)")
+    if options.resamples < 100:
+        raise UserError(f"--resamples {options.resamples} is not possible: use a whole number >= 100")
+    if options.limit < 0 or options.seed < 0:
+        raise UserError(f"--limit {options.limit} --seed {options.seed}: neither can be below 0")
+    if options.table:
+        from mathverify.compare.table import checked_suffix
+
+        for path in options.table:
+            checked_suffix(path)
+    if options.report is not None or options.figures is not None:
+        from importlib.util import find_spec
+
+        if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
+            asked = "--report" if options.report is not None else "--figures"
+            raise UserError(f"{asked} needs {' and '.join(missing)}: pip install 'mathverify[report]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
