@@ -46,19 +46,27 @@ class GroupedWeights:
     """See products.LoopWeights; stacks are made once for all passes that share them."""
 
     def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype, device: torch.device) -> None:
+        # Products know the adapters, not this: in a cycle they would outlive their round, gigabytes of them.
+        self._adapters = _Adapters(adapters, dtype, device)
+        self._made: dict[tuple[str, ...], GroupedProducts | None] = {}
+
+    def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> GroupedProducts | None:
+        if names not in self._made:
+            some = any(a is not None for name in names for a in self._adapters.owners(name))
+            self._made[names] = GroupedProducts(self._adapters, names, outs) if some else None
+        return self._made[names]
+
+
+class _Adapters:
+    """The adapters of a pass by slot, as kernels find them: addresses of their tensors, scales, stacks of matrices."""
+
+    def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype, device: torch.device) -> None:
         self.adapters, self.dtype, self.device = adapters, dtype, device
         self.rank = max((a.lora.rank + 7) // 8 * 8 for a in adapters if a is not None)
         self.flats = self.tensor([0 if a is None else a.flat.data_ptr() for a in adapters])
         self.grads = self.tensor([0 if a is None else a.grad.data_ptr() for a in adapters])
         scales = [1.0 if a is None else a.lora.scale for a in adapters]
         self.scales = None if set(scales) == {1.0} else torch.tensor(scales, device=device)
-        self._made: dict[tuple[str, ...], GroupedProducts | None] = {}
-
-    def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> GroupedProducts | None:
-        if names not in self._made:
-            some = any(a is not None and name in a.pairs for a in self.adapters for name in names)
-            self._made[names] = GroupedProducts(self, names, outs) if some else None
-        return self._made[names]
 
     def tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -81,7 +89,7 @@ class GroupedWeights:
 class GroupedProducts:
     """See products.Products. a: [groups, members x rank, in]. b: per member [groups, out, rank]."""
 
-    def __init__(self, weights: GroupedWeights, names: tuple[str, ...], outs: tuple[int, ...]) -> None:
+    def __init__(self, weights: _Adapters, names: tuple[str, ...], outs: tuple[int, ...]) -> None:
         self._w, self._names, self._outs, self._rank = weights, names, outs, weights.rank
         width = next(a.shapes[n][0] for a in weights.adapters for n in names if a is not None and n in a.pairs)
         stacks = [weights.stack(name, 0, self._rank, width) for name in names]

@@ -149,7 +149,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, packed: PassLayout, scaling: float)
     tiles = packed.tiles(TILE)
     _forward[(len(tiles), heads)](
         q, k, v, out, lse, tiles, q.stride(0), k.stride(0), out.stride(0), tokens, scaling * _LOG2_E,
-        heads // k.shape[1], size, TILE, num_warps=4, num_stages=2,
+        heads // k.shape[1], size, TILE, num_warps=4, num_stages=1,
     )  # fmt: skip
     return out, lse
 
@@ -170,7 +170,7 @@ def backward(
     strides = q.stride(0), k.stride(0), grad.stride(0), whole.stride(0), tokens, scaling * _LOG2_E, scaling
     _key_value_grad[(len(tiles), shared)](
         q, k, v, grad, lse, delta, k_grad, v_grad, tiles, *strides, heads // shared, size, TILE, num_warps=4,
-        num_stages=2,
+        num_stages=1,
     )  # fmt: skip
     _query_grad[(len(tiles), heads)](
         q, k, v, grad, lse, delta, q_grad, tiles, *strides, heads // shared, size, TILE, num_warps=4, num_stages=2

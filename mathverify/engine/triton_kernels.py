@@ -124,7 +124,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _swiglu_grad(grad, gate_up, inner, BLOCK: tl.constexpr) -> None:
+def _swiglu_grad(grad, gate_up, product, gate_up_grad, inner, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < inner
@@ -134,16 +134,18 @@ def _swiglu_grad(grad, gate_up, inner, BLOCK: tl.constexpr) -> None:
     u = tl.load(gate_up + row * 2 * inner + inner + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     active = g * sigmoid
-    tl.store(grad + row * inner + at, (active * u).to(wide.dtype), mask=inside)
-    tl.store(gate_up + row * 2 * inner + at, (d * u * (sigmoid + active * (1.0 - sigmoid))).to(wide.dtype), mask=inside)
-    tl.store(gate_up + row * 2 * inner + inner + at, (d * active).to(wide.dtype), mask=inside)
+    gate_grad = d * u * (sigmoid + active * (1.0 - sigmoid))
+    tl.store(product + row * inner + at, (active * u).to(wide.dtype), mask=inside)
+    tl.store(gate_up_grad + row * 2 * inner + at, gate_grad.to(wide.dtype), mask=inside)
+    tl.store(gate_up_grad + row * 2 * inner + inner + at, (d * active).to(wide.dtype), mask=inside)
 
 
 def swiglu_grad(grad: Tensor, gate_up: Tensor) -> None:
     """elementwise.swiglu_grad."""
     rows, inner = grad.shape
     block = min(2048, _block(inner))
-    _swiglu_grad[(triton.cdiv(inner, block), rows)](grad, gate_up, inner, block, num_warps=4)
+    # The same tensors twice: read and written through one argument it takes 690 us, through two 235 us (H200).
+    _swiglu_grad[(triton.cdiv(inner, block), rows)](grad, gate_up, grad, gate_up, inner, block, num_warps=4)
 
 
 @triton.jit
