@@ -37,7 +37,7 @@ from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
-from mathverify.tracking import Tracker, open_tracker
+from mathverify.tracking import Tracker, final_numbers, open_tracker
 
 
 class Interrupted(Exception):
@@ -330,8 +330,8 @@ class PackRunner:
     ) -> None:
         with self._guarding(run):
             self._write_end(run, status, reason)
+            run.tracker.summarize(final_numbers(run.record))
             if predictions is not None:
-                run.tracker.summarize(_summary(run.record))
                 run.tracker.predictions(predictions)
                 run.tracker.adapter(run.folder / "adapter")
         self._leave(run, status)
@@ -473,32 +473,6 @@ def _speed(run: Run, tokens: int, window: int = 20) -> float:
     elapsed = run.reports[-1][0] - (run.reports[0][0] if len(run.reports) > 1 else 0.0)
     counted = run.reports[1:] if len(run.reports) > 1 else run.reports
     return sum(count for _, count in counted) / elapsed if elapsed > 0 else 0.0
-
-
-def _summary(record: RunRecord) -> dict[str, float | str]:
-    """Final numbers for a tracker: every metric with its interval, and the costs."""
-    metrics, costs = record.metrics, record.costs
-    flat: dict[str, float | str] = {}
-    for prefix, part in (
-        ("test", metrics.test),
-        ("test_tuned", metrics.tuned),
-        ("zero_shot", metrics.zero_shot),
-        ("final_validation", metrics.validation),
-    ):
-        if part is not None:
-            flat |= part.flat(prefix)
-    for name, part in metrics.slices.items():
-        flat |= part.flat(f"test_slice/{name}")
-    flat |= {f"seconds/{phase}": seconds for phase, seconds in costs.seconds.items()}
-    numbers = {
-        "threshold": metrics.threshold,
-        "tokens": costs.tokens,
-        "tokens_per_second": costs.tokens_per_second,
-        "peak_memory_bytes": costs.peak_memory_bytes,
-        "examples_seen": costs.examples_seen,
-        "trainable_parameters": costs.trainable_parameters,
-    }
-    return flat | {name: value for name, value in numbers.items() if value is not None}
 
 
 def device_name(device: torch.device) -> str:

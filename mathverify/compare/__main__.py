@@ -5,6 +5,7 @@ python -m mathverify.compare multirun/rank_grid --table table.csv --table table.
 python -m mathverify.compare multirun/rank_grid --report report.html --figures figures
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
+python -m mathverify.compare --wandb ENTITY/PROJECT
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def parser() -> Parser:
         prog="python -m mathverify.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "places", nargs="+", metavar="PLACE",
+        "places", nargs="*", metavar="PLACE",
         help="run folder, folder of runs at any depth, or study URL (journal:///path, sqlite:///path, "
         "postgresql://...; #NAME picks one study)",
     )  # fmt: skip
@@ -51,6 +52,10 @@ def parser() -> Parser:
     )  # fmt: skip
     made.add_argument("--report", metavar="PATH", type=Path, help="also write a page to look at, one file")
     made.add_argument("--figures", metavar="FOLDER", type=Path, help="also write figures for a paper")
+    made.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT",
+        help="make the saved view and the report of this W&B project, also without any PLACE; needs an online account",
+    )  # fmt: skip
     made.add_argument("--limit", type=int, default=40, help="most rows of a table on the terminal, 0 for all (40)")
     made.add_argument("--resamples", type=int, default=2000, help="bootstrap draws of questions (2000)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -60,6 +65,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
+    if not options.places and options.wandb is None:
+        parser().error("the following arguments are required: PLACE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
     try:
@@ -83,6 +90,9 @@ def compare(options: argparse.Namespace) -> None:
         UserError: nothing to read, or an option that cannot be.
     """
     _check(options)
+    if not options.places:
+        _save_views(options.wandb, [])
+        return
     from mathverify.compare.reading import read_runs
 
     comparison = read_runs(options.places)
@@ -117,12 +127,21 @@ def compare(options: argparse.Namespace) -> None:
 
         written = write_figures(comparison, options.figures, baseline=baseline)
         _say_written(options.figures, f" ({len(written)} files)")
+    if options.wandb is not None:
+        _save_views(options.wandb, comparison.varying)
 
 
 def _say_written(path: Path, more: str = "") -> None:
     from mathverify.printable import printable
 
     print(f"written: {printable(str(path))}{more}")
+
+
+def _save_views(target: str, varying: Sequence[str]) -> None:
+    from mathverify.compare.wandb_views import SEARCHED, save_views
+
+    for address in save_views(target, [key for key in varying if key != "seed"] or SEARCHED):
+        print(f"saved: {address}")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -35,7 +35,9 @@ from mathverify.sweep.settings import Settings, read_settings
 from mathverify.sweep.space import Space, parse_space, quoted
 from mathverify.sweep.storage import briefly, hidden_storage, hide_password, shown
 from mathverify.sweep.study import Session, look_at_session, open_session
+from mathverify.sweep.summary_run import sampler_name, send_summary
 from mathverify.sweep.workers import is_worker, run_workers
+from mathverify.tracking import uploads_in_background
 
 POLL_SECONDS = 0.5
 STOPPED, SOME_FAILED, INTERRUPTED = 1, 3, 130
@@ -80,12 +82,13 @@ def sweep(
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
     proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
-    try:
-        with _interruptible():
-            _run_all(proposer, context, task, config)
-    except (KeyboardInterrupt, SystemExit):
-        _interrupted(proposer)
-    return None if is_worker() else _close(session, proposer)
+    with uploads_in_background():
+        try:
+            with _interruptible():
+                _run_all(proposer, context, task, config)
+        except (KeyboardInterrupt, SystemExit):
+            _interrupted(proposer)
+        return None if is_worker() else _close(session, proposer)
 
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
@@ -242,6 +245,7 @@ def _close(session: Session, proposer: Proposer) -> dict[str, Any]:
     failed = any(is_failure(trial) for trial in trials)
     completed = "best_value" in results or bool(results.get("solutions"))
     report.say(f"{report.summary(session)}; {proposer.why}" if proposer.why else report.summary(session))
+    send_summary(session, proposer.config, report.program())
     if proposer.problem or not completed:
         sys.exit(STOPPED)
     if failed:
@@ -284,6 +288,8 @@ def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
         extras.append(f"hydra.sweeper.storage={quoted(shown(session.settings.storage))}")
     if OmegaConf.get_type(config) is RunConfig and config.tracking.group is None:
         extras.append(f"tracking.group={quoted(session.name)}")
+    if OmegaConf.get_type(config) is RunConfig:
+        extras += [f"tracking.trial={number}", f"tracking.sampler={sampler_name(session)}"]
     return extras
 
 

@@ -166,9 +166,7 @@ def test_the_next_pack_loads_reads_and_tokenises_nothing_and_the_base_is_scored_
     assert zero == [zero[0]] * 4
 
 
-def test_a_quantised_base_is_made_once_for_all_packs(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_quantised_base_is_made_once_for_all_packs(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mathverify.base._warm", {})
     loaded = Counted(monkeypatch, "mathverify.base._load_model")
     out = cli(*PACK, "quantization=nf4,none", "prompt=answer_only,with_solution", "train.max_steps=2")
@@ -332,7 +330,9 @@ def test_one_at_a_time_a_study_decides_as_with_the_basic_launcher(cli: Cli, tmp_
 
 
 def test_several_at_once_a_study_with_a_seed_comes_out_the_same_again(cli: Cli, tmp_path: Path) -> None:
-    first = cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a")
+    first = cli(
+        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
+    )
     assert re.search(r"together on it: runs \d+, \d+, \d+\n", first)
     cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
