@@ -14,11 +14,16 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mathverify.errors import UserError
+
+if TYPE_CHECKING:
+    from mathverify.compare.reading import Comparison, RunView
+    from mathverify.compare.verdict import Verdict
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -104,37 +109,51 @@ def compare(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mathverify.compare.show import show
-    from mathverify.compare.table import write_table
     from mathverify.compare.verdict import By, judge
 
     verdicts = judge(
         comparison, baseline=baseline, by=By(options.by), confidence=options.confidence,
         resamples=options.resamples, seed=options.seed,
     )  # fmt: skip
-    console = Console(highlight=False)
-    show(console, comparison, verdicts, options.limit)
-    for path in options.table:
-        write_table(path, comparison, verdicts)
-        _say_written(path)
-    if options.report is not None:
-        from mathverify.compare.report.page import write_report
-        from mathverify.compare.wording import all_sentences
-
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        _say_written(write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline))
-    if options.figures is not None:
-        from mathverify.compare.report.figures import write_figures
-
-        written = write_figures(comparison, options.figures, baseline=baseline)
-        _say_written(options.figures, f" ({len(written)} files)")
+    show(Console(highlight=False), comparison, verdicts, options.limit)
+    _write(options, comparison, verdicts, baseline)
     if options.wandb is not None:
         _save_views(options.wandb, comparison.varying)
 
 
-def _say_written(path: Path, more: str = "") -> None:
+def _write(
+    options: argparse.Namespace, comparison: Comparison, verdicts: Sequence[Verdict], baseline: RunView | None
+) -> None:
+    """The files that were asked for. Raises UserError when a place cannot be written."""
+    from mathverify.compare.table import write_table
+    from mathverify.compare.wording import all_sentences
+
+    for path in options.table:
+        with _writing(path):
+            write_table(path, comparison, verdicts)
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+
+        with _writing(options.report):
+            options.report.parent.mkdir(parents=True, exist_ok=True)
+            write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline)
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        with _writing(options.figures):
+            write_figures(comparison, options.figures, baseline=baseline)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what was written, or why it was not."""
     from mathverify.printable import printable
 
-    print(f"written: {printable(str(path))}{more}")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): choose another place") from None
+    print(f"written: {printable(str(path))}")
 
 
 def _save_views(target: str, varying: Sequence[str]) -> None:
