@@ -8,6 +8,7 @@ seeds.py      configurations (runs equal but for the seed): mean, spread, and te
 power.py      how many more rows or seeds would settle a difference
 verdict.py    what may be said: winner or tie, what it would take, how much choosing flattered the winner
 table.py      rows and columns; as rich, CSV, Markdown, LaTeX
+report/       report.html and figures for a paper; needs the extra mathverify[report]
 
 No torch here: it starts fast and works anywhere. Only reads; runs and studies are never changed.
 """

@@ -3,6 +3,7 @@
 python -m mathverify.compare outputs/2026-11-23/10-00-00 outputs/2026-11-23/11-00-00
 python -m mathverify.compare multirun/rank_grid --table table.csv --table table.md
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
+python -m mathverify.compare multirun/rank_grid --report --figures figures
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
 """
 
@@ -11,13 +12,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mathverify.errors import UserError
 
+if TYPE_CHECKING:
+    from mathverify.compare.report.content import Content
+
 BAD_INPUT = 2
+BESIDE = Path("report.html")
+"""--report without a path: this, in the folder that is compared, or here where that is not one folder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +39,7 @@ def parser() -> Parser:
         prog="python -m mathverify.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "places", nargs="+", metavar="PLACE",
+        "places", nargs="*", metavar="PLACE",
         help="run folder, folder of runs at any depth, or study URL (journal:///path, sqlite:///path, "
         "postgresql://...; #NAME picks one study)",
     )  # fmt: skip
@@ -47,6 +53,13 @@ def parser() -> Parser:
         "--table", metavar="PATH", type=Path, action="append", default=[],
         help="also write the tables: .csv, .md or .tex; may be repeated",
     )  # fmt: skip
+    made.add_argument(
+        "--report", metavar="PATH.html", type=Path, nargs="?", const=BESIDE,
+        help="also write a page to look at, one file; without a path report.html in the folder compared",
+    )  # fmt: skip
+    made.add_argument(
+        "--figures", metavar="FOLDER", type=Path, help="also write its figures as SVG and PNG, for a paper"
+    )
     made.add_argument("--limit", type=int, default=40, help="most rows of a table on the terminal, 0 for all (40)")
     made.add_argument("--resamples", type=int, default=2000, help="bootstrap draws of questions (2000)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -96,9 +109,34 @@ def compare(options: argparse.Namespace) -> None:
     for path in options.table:
         write_table(path, comparison, verdicts)
         console.print(f"written: {path}", markup=False)
+    if options.report is not None or options.figures is not None:
+        from mathverify.compare.report.content import collect
+
+        content = collect(comparison, verdicts, baseline, options.confidence)
+        for path in _drawn(content, options):
+            console.print(f"written: {path}", markup=False)
+
+
+def _drawn(content: Content, options: argparse.Namespace) -> Iterator[Path]:
+    """Write what --report and --figures ask for; yields what is there then."""
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+
+        only = Path(options.places[0]) if len(options.places) == 1 else None
+        beside = options.report is BESIDE and only is not None and only.is_dir()
+        yield write_report(content, only / BESIDE if beside and only is not None else options.report)
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        write_figures(content, options.figures)
+        yield options.figures
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report {options.report}: a page ends in .html (folders to compare come before --report)")
+    if not options.places:
+        raise UserError("no runs given (required: PLACE): name run folders, sweep folders or study URLs")
     if not 0.5 <= options.confidence < 1.0:
         raise UserError(f"--confidence {options.confidence} is not possible: use a number in [0.5, 1)")
     if options.resamples < 100:
@@ -110,6 +148,19 @@ def _check(options: argparse.Namespace) -> None:
 
         for path in options.table:
             checked_suffix(path)
+    if options.report is not None or options.figures is not None:
+        from mathverify.compare.report import require_extra
+
+        require_extra("--figures" if options.report is None else "--report")
+        _check_targets(options)
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """What cannot be written is told before everything is read."""
+    if options.report is not None and options.report.is_dir():
+        raise UserError(f"--report {options.report}: is a folder: give a file such as {options.report / BESIDE}")
+    if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
+        raise UserError(f"--figures {options.figures}: is a file: give a folder")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ RUN_TIPS = _tips(
     ("name:N", "run"),
     ("label:N", "settings"),
     ("accuracy:Q", "test accuracy", ".1%"),
-    ("accuracy_low:Q", "95% from", ".1%"),
+    ("accuracy_low:Q", "from", ".1%"),
     ("accuracy_high:Q", "to", ".1%"),
 )
 
@@ -80,6 +80,76 @@ def _columns(texts: Sequence[str]) -> int:
 
 def _fading(strong: float = 1.0, faint: float = 0.12) -> Any:
     return alt.condition(HOVERED, alt.value(strong), alt.value(faint))
+
+
+# Verdicts
+
+
+def configurations(labels: Sequence[str]) -> Spec:
+    """Mean over seeds of each configuration with its interval, and its single runs."""
+    y = alt.Y("entry:N", title=None, scale=alt.Scale(domain=list(labels)), axis=alt.Axis(labelLimit=220, grid=True))
+    x_axis: dict[str, Any] = {
+        "title": "test accuracy",
+        "scale": alt.Scale(zero=False),
+        "axis": alt.Axis(format=".1~%", grid=True, tickCount=6),
+    }
+    runs = (
+        alt.Chart(_data("members"))
+        .transform_filter(SHOWN)
+        .mark_circle(size=40, color=ACCENT)
+        .encode(x=alt.X("accuracy:Q", **x_axis), y=y, opacity=_fading(0.6), tooltip=RUN_TIPS)
+    )
+    means = alt.Chart(_data("configurations"))
+    tips = _tips(
+        ("entry:N", "configuration"),
+        ("mean:Q", "mean", ".1%"),
+        ("low:Q", "from", ".1%"),
+        ("high:Q", "to", ".1%"),
+        ("seeds:Q", "seeds"),
+        ("verdict:N", "verdict"),
+    )
+    ends = means.mark_rule(color=SECOND, strokeWidth=3).encode(
+        x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, tooltip=tips
+    )
+    dots = means.mark_point(shape="diamond", size=120, color=SECOND, opacity=1).encode(
+        x=alt.X("mean:Q", **x_axis), y=y, tooltip=tips
+    )
+    return _spec(
+        alt.layer(runs, ends, dots), "Mean test accuracy of each configuration over its seeds", 34 * len(labels)
+    )
+
+
+def versus(labels: Sequence[str]) -> Spec:
+    """Difference of each to the reference, with its interval; its shape and colour say what was concluded."""
+    base = alt.Chart(_data("versus"))
+    y = alt.Y("other:N", title=None, scale=alt.Scale(domain=list(labels)), axis=alt.Axis(labelLimit=220, grid=True))
+    x_axis: dict[str, Any] = {"title": "points of accuracy", "axis": alt.Axis(format="+~", tickCount=6)}
+    outcomes = ["better", "tie", "worse"]
+    tips = _tips(
+        ("other:N", "other"),
+        ("difference:Q", "points", "+.2f"),
+        ("low:Q", "from", "+.2f"),
+        ("high:Q", "to", "+.2f"),
+        ("p:Q", "p corrected", ".2~g"),
+        ("verdict:N", "verdict"),
+    )
+    colour = alt.Color("verdict:N", title=None, scale=alt.Scale(domain=outcomes, range=[ACCENT, FAINT, SECOND]))
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference", color=FAINT).encode(x="at:Q")
+    ends = base.mark_rule(strokeWidth=2.2).encode(
+        x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, color=colour, tooltip=tips
+    )
+    dots = base.mark_point(size=90, filled=True, opacity=1).encode(
+        x=alt.X("difference:Q", **x_axis),
+        y=y,
+        color=colour,
+        shape=alt.Shape(
+            "verdict:N",
+            title=None,
+            scale=alt.Scale(domain=outcomes, range=["triangle-up", "circle", "triangle-down"]),
+        ),
+        tooltip=tips,
+    )
+    return _spec(alt.layer(zero, ends, dots), "Differences to the reference, with intervals", 30 * len(labels) + 20)
 
 
 # Settings
@@ -120,7 +190,7 @@ def by_parameter(parameter: Parameter) -> Spec:
     tips = _tips(
         (f"{parameter.field}_text:N", parameter.title),
         ("mean:Q", "mean of runs", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
         ("n:Q", "runs"),
     )
@@ -185,7 +255,7 @@ def importance(rows: Sequence[Row]) -> Spec:
     tips = _tips(
         ("parameter:N", "setting"),
         ("importance:Q", "share", ".0%"),
-        ("low:Q", "95% from", ".0%"),
+        ("low:Q", "from", ".0%"),
         ("high:Q", "to", ".0%"),
     )
     bars = base.mark_bar(height={"band": 0.55}, opacity=0.85, cornerRadiusEnd=2).encode(
@@ -216,7 +286,7 @@ def learning(facts: Facts, x: str = "step") -> Spec:
         ("name:N", "run"),
         ("step:Q", "step"),
         ("value:Q", "validation accuracy", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
     )
     line = base.mark_line(strokeWidth=1.6).encode(
@@ -321,7 +391,7 @@ def calibration() -> Spec:
         ("side:N", "run"),
         ("said:Q", "said", ".0%"),
         ("right:Q", "was right", ".0%"),
-        ("low:Q", "95% from", ".0%"),
+        ("low:Q", "from", ".0%"),
         ("high:Q", "to", ".0%"),
         ("rows:Q", "rows"),
     )
@@ -370,7 +440,7 @@ def roc() -> Spec:
             ("side:N", "run"),
             ("alarms:Q", "false alarms", ".1%"),
             ("hits:Q", "hits", ".1%"),
-            ("low:Q", "95% from", ".1%"),
+            ("low:Q", "from", ".1%"),
             ("high:Q", "to", ".1%"),
         ),
     )
@@ -401,7 +471,7 @@ def slice_accuracy(slices: Sequence[str]) -> Spec:
         ("slice:N", "slice"),
         ("side:N", "run"),
         ("accuracy:Q", "accuracy", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
         ("rows:Q", "rows"),
     )
@@ -432,7 +502,7 @@ def slice_difference(slices: Sequence[str]) -> Spec:
     tips = _tips(
         ("slice:N", "slice"),
         ("difference:Q", "A minus B", "+.1f"),
-        ("low:Q", "95% from", "+.1f"),
+        ("low:Q", "from", "+.1f"),
         ("high:Q", "to", "+.1f"),
         ("only_a:Q", "only A right"),
         ("only_b:Q", "only B right"),
@@ -571,7 +641,7 @@ def tables(facts: Facts, importance: list[Row] | str) -> dict[str, list[Row]]:
     lines, axes = parallel_rows(facts) if facts.completed else ([], [])
     return {
         "runs": facts.runs,
-        "student": student(len(facts.runs)),
+        "student": student(len(facts.runs), facts.confidence),
         "parallel": lines,
         "axes": axes,
         "importance": [] if isinstance(importance, str) else importance,
