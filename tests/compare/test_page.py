@@ -162,12 +162,14 @@ def test_two_runs_are_compared_as_python_compares_them(browser: Browser, eight: 
                     "{ const s = document.getElementById(id); s.value = run; s.dispatchEvent(new Event('change')); }", a, b)  # fmt: skip
         expected = differences(content.facts.predictions[a], content.facts.predictions[b])
         browser.see("slice_difference")
-        browser.one("#slice_difference details summary").click()
+        details = browser.one("#slice_difference details")
+        browser.run("arguments[0].open = true", details)
+        browser.until("return document.querySelectorAll('#slice_difference details tbody tr').length > 0")
         found = browser.run(
             "return [...document.querySelectorAll('#slice_difference details table tbody tr')]"
             ".map((row) => [...row.cells].map((cell) => cell.textContent))"
         )
-        browser.one("#slice_difference details summary").click()
+        browser.run("arguments[0].open = false; arguments[0].querySelector('div').replaceChildren()", details)
         assert [row[0] for row in found] == [row["slice"] for row in expected]
         for shown, row in zip(found, expected, strict=True):
             assert [float(cell) for cell in shown[1:7]] == pytest.approx(
@@ -222,7 +224,7 @@ def test_dark_and_light_follow_the_system_and_the_button(browser: Browser, eight
     browser.open(page, dark=True)
     browser.see("cost_quality")
     dark, dark_ink = browser.run(ground), browser.run(ink)
-    browser.one("#theme").click()
+    browser.run("document.getElementById('theme').click()")
     browser.until(f"{ink} !== '{dark_ink}'")
     light = browser.run(ground)
     assert dark != light and browser.one("#theme").get_attribute("aria-pressed") == "false"
@@ -288,7 +290,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
 def test_reduced_motion_is_heeded(browser: Browser, eight: tuple[Path, Content]) -> None:
     page, _ = eight
     behaviour = "return getComputedStyle(document.documentElement).scrollBehavior"
-    browser.open(page)
+    browser.open(page, still=False)
     assert browser.run(behaviour) == "smooth"
     browser.open(page, still=True)
     assert browser.run(behaviour) == "auto"

@@ -552,7 +552,7 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
         opacity=_fading(0.9),
         tooltip=[*RUN_TIPS, alt.Tooltip(f"{field}:Q", title=title, format=",.3~g")],
     )
-    return _spec(alt.layer(ends, steps, dots, rings), f"Test accuracy against {title}, with the Pareto front", 300)
+    return _spec(alt.layer(ends, steps, rings, dots), f"Test accuracy against {title}, with the Pareto front", 300)
 
 
 def history(facts: Facts) -> Spec:

@@ -70,9 +70,9 @@
     const old = views.get(id);
     const made = await vegaEmbed(place, spec, {
       config: data.config[ground], renderer: "svg", actions: false, ast: true,
-      tooltip: { theme: "custom" }, mode: "vega-lite", logLevel: hidden.length ? vega.Error : vega.Warn,
+      tooltip: { theme: "custom" }, mode: "vega-lite", logLevel: hidden.length ? 1 : 2,
     });
-    made.view.logLevel(vega.Error); // a filter may leave nothing, which Vega warns of
+    made.view.logLevel(1); // errors only: a filter may leave nothing, which Vega warns of
     if (old) old.finalize();
     place.classList.remove("waiting");
     const drawing = place.querySelector("svg");
