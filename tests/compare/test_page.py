@@ -199,7 +199,8 @@ def test_the_page_tests_as_compare_does(browser: Browser, eight: tuple[Path, Con
 def test_the_rows_two_runs_disagree_on_can_be_searched(browser: Browser, eight: tuple[Path, Content]) -> None:
     page, content = eight
     browser.open(page)
-    whole = differences(*(content.facts.predictions[n] for n in content.pair))[0]
+    a, b = (content.facts.predictions[n] for n in content.pair)
+    whole = differences(a, b)[0]
     total = whole["only_a"] + whole["only_b"]
     assert browser.one("#row-count").text.startswith(f"{min(20, total)} of {total} that fit")
     first = browser.one("#row-list li .question").text

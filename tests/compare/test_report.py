@@ -45,7 +45,7 @@ def test_the_page_holds_every_run_and_names_what_differs(tmp_path: Path) -> None
     table = _Table.read(page)
     assert [row[1] for row in table.rows] and len(table.rows) == 6
     assert {"rank", "seed"} <= {head.partition(" (")[0] for head in table.heads}
-    best = max(r.test.accuracy.value for r in read_runs([tmp_path]).runs if r.test)
+    best = max(r.test.accuracy.value or 0.0 for r in read_runs([tmp_path]).runs if r.test)
     assert f"{best:.1%} [" in table.rows[0][2]  # with its interval
     assert all("[" in row[2] and "completed" in row for row in table.rows)
 
@@ -129,8 +129,8 @@ def test_settings_that_move_together_are_one(tmp_path: Path) -> None:
     for number, (rank, alpha, seed) in enumerate([(4, 8, 1), (4, 8, 2), (16, 32, 1), (16, 32, 2)]):
         synthetic.run(tmp_path / str(number), (rank, alpha, 4, 1e-3), seed)
     comparison = read_runs([tmp_path])
-    (lora, seed) = find_parameters(comparison.runs, comparison.varying)
-    assert (lora.key, lora.with_it, seed.key) == ("lora.rank", ("alpha",), "seed")
+    lora, by_seed = find_parameters(comparison.runs, comparison.varying)
+    assert (lora.key, lora.with_it, by_seed.key) == ("lora.rank", ("alpha",), "seed")
     assert "cannot be told apart" in page_of(comparison)
 
 

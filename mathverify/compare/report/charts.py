@@ -18,6 +18,8 @@ Spec = dict[str, Any]
 FEW = 8
 """Configurations that can be told apart by colour; more are coloured by accuracy."""
 MOST_RANKED = 40
+BREAK = "¶"
+"""Where a name in a label goes on in the next line."""
 SHOWN = "indexof(hidden, datum.run) < 0"
 INK, FAINT, ACCENT, SECOND, GROUND = "@ink", "@faint", "@accent", "@second", "@ground"
 HOVERED = "hot < 0 || hot === datum.run"
@@ -87,7 +89,7 @@ def _fading(strong: float = 1.0, faint: float = 0.12) -> Any:
 
 def configurations(labels: Sequence[str]) -> Spec:
     """Mean over seeds of each configuration with its interval, and its single runs."""
-    y = alt.Y("entry:N", title=None, scale=alt.Scale(domain=list(labels)), axis=alt.Axis(labelLimit=220, grid=True))
+    y, step = _named_axis("entry", labels)
     x_axis: dict[str, Any] = {
         "title": "test accuracy",
         "scale": alt.Scale(zero=False),
@@ -96,8 +98,8 @@ def configurations(labels: Sequence[str]) -> Spec:
     runs = (
         alt.Chart(_data("members"))
         .transform_filter(SHOWN)
-        .mark_circle(size=40, color=ACCENT)
-        .encode(x=alt.X("accuracy:Q", **x_axis), y=y, opacity=_fading(0.6), tooltip=RUN_TIPS)
+        .mark_circle(size=46, color=ACCENT)
+        .encode(x=alt.X("accuracy:Q", **x_axis), y=y, opacity=_fading(0.9), tooltip=RUN_TIPS)
     )
     means = alt.Chart(_data("configurations"))
     tips = _tips(
@@ -115,14 +117,36 @@ def configurations(labels: Sequence[str]) -> Spec:
         x=alt.X("mean:Q", **x_axis), y=y, tooltip=tips
     )
     return _spec(
-        alt.layer(runs, ends, dots), "Mean test accuracy of each configuration over its seeds", 34 * len(labels)
+        alt.layer(ends, runs, dots), "Mean test accuracy of each configuration over its seeds", step * len(labels)
     )
+
+
+def _named_axis(field: str, labels: Sequence[str]) -> tuple[alt.Y, int]:
+    """An axis of long names, broken into lines at their commas, and the pixels a name needs."""
+    lines = [_broken(label) for label in labels]
+    axis = alt.Axis(
+        grid=True, labelLimit=190, labelOverlap=False, labelExpr=f"split(datum.label, '{BREAK}')", labelLineHeight=13
+    )
+    y = alt.Y(f"{field}_lines:N", title=None, scale=alt.Scale(domain=lines), axis=axis)
+    return y, max(30, 14 + 14 * max((line.count(BREAK) + 1 for line in lines), default=1))
+
+
+def _broken(label: str, most: int = 26) -> str:
+    """Parts of a name on as few lines as hold at most `most` characters."""
+    lines = [""]
+    for part in label.split(", "):
+        if lines[-1] and len(lines[-1]) + 2 + len(part) > most:
+            lines[-1] += ","
+            lines.append(part)
+        else:
+            lines[-1] += f", {part}" if lines[-1] else part
+    return BREAK.join(lines)
 
 
 def versus(labels: Sequence[str]) -> Spec:
     """Difference of each to the reference, with its interval; its shape and colour say what was concluded."""
     base = alt.Chart(_data("versus"))
-    y = alt.Y("other:N", title=None, scale=alt.Scale(domain=list(labels)), axis=alt.Axis(labelLimit=220, grid=True))
+    y, step = _named_axis("other", labels)
     x_axis: dict[str, Any] = {"title": "points of accuracy", "axis": alt.Axis(format="+~", tickCount=6)}
     outcomes = ["better", "tie", "worse"]
     tips = _tips(
@@ -149,7 +173,7 @@ def versus(labels: Sequence[str]) -> Spec:
         ),
         tooltip=tips,
     )
-    return _spec(alt.layer(zero, ends, dots), "Differences to the reference, with intervals", 30 * len(labels) + 20)
+    return _spec(alt.layer(zero, ends, dots), "Differences to the reference, with intervals", step * len(labels))
 
 
 # Settings
@@ -279,7 +303,9 @@ def learning(facts: Facts, x: str = "step") -> Spec:
     """Validation accuracy along training, with its interval where runs are few."""
     colour = run_colour(facts)
     base = _with_run(alt.Chart(_data("validation")), facts)
-    place = alt.X(f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen")
+    place = alt.X(
+        f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen", axis=alt.Axis(tickCount=7)
+    )
     y = alt.Y("value:Q", title="validation accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1~%"))
     tips = _tips(
         ("label:N", "settings"),
@@ -313,7 +339,11 @@ def losses(facts: Facts, x: str = "step") -> Spec:
         _with_run(alt.Chart(_data("training")), facts)
         .mark_line(strokeWidth=1.3)
         .encode(
-            x=alt.X(f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen"),
+            x=alt.X(
+                f"{x}:Q",
+                title="optimizer step" if x == "step" else "training examples seen",
+                axis=alt.Axis(tickCount=7),
+            ),
             y=alt.Y("loss:Q", title="training loss (averaged)", scale=alt.Scale(zero=False)),
             detail="run:N",
             color=run_colour(facts),
@@ -623,6 +653,11 @@ def ranking(facts: Facts, most: int = MOST_RANKED) -> Spec:
 
 
 # Data that the specs name
+
+
+def with_lines(rows: Sequence[Row], field: str) -> list[Row]:
+    """Rows with their long name as the axis of names has it."""
+    return [row | {f"{field}_lines": _broken(row[field])} for row in rows]
 
 
 def data_names(spec: Any) -> set[str]:

@@ -39,7 +39,9 @@ def collect(
     facts = gather(comparison, confidence)
     rows = row_facts(dict(enumerate(ranked)), facts.predictions)
     weights = importance(facts)
-    data = charts.tables(facts, weights) | verdict_rows(verdicts, numbers, facts.runs)
+    judged = verdict_rows(verdicts, numbers, facts.runs)
+    named = {"configurations": "entry", "members": "entry", "versus": "other"}
+    data = charts.tables(facts, weights) | {k: charts.with_lines(judged[k], field) for k, field in named.items()}
     return Content(
         comparison=comparison,
         facts=facts,

@@ -228,6 +228,7 @@ class Column:
     title: str
     number: bool
     cell: Callable[[Row], dict[str, Any]]
+    hint: str = ""
 
 
 def _columns(facts: Facts) -> list[Column]:
@@ -237,7 +238,7 @@ def _columns(facts: Facts) -> list[Column]:
         Column("#", True, lambda row: _number(row["run"] + 1, "{}")),
         Column("run", False, lambda row: _text(row["name"])),
         Column(f"test accuracy, {facts.level}", True, lambda row: _accuracy(row, bar)),
-        *(Column(p.title, p.is_number, partial(_setting, parameter=p)) for p in facts.parameters),
+        *(Column(p.brief, p.is_number, partial(_setting, parameter=p), p.title) for p in facts.parameters),
     ]
     for title, name, form in (
         ("AUROC", "auroc", "{:.3f}"),

@@ -76,6 +76,8 @@ def _verdict(verdicts: Sequence[Verdict], data: dict[str, list[Row]]) -> Section
     if not verdicts or not verdicts[0].entries:
         return Section("verdict", title, absent="Nothing can be compared where no run has finished.")
     verdict, figures = verdicts[0], []
+    if len(verdicts) == 1 and len(verdict.entries) == 1:
+        return Section("verdict", title, absent="There is nothing to compare the one that has finished with.")
     of_seeds = verdict.by is By.configuration
     if rows := data["configurations"]:
         caption = (
