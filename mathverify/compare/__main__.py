@@ -5,14 +5,16 @@ python -m mathverify.compare multirun/rank_grid --table table.csv --table table.
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
 python -m mathverify.compare multirun/rank_grid --report --figures figures
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
+python -m mathverify.compare --wandb ENTITY/PROJECT
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,7 +23,7 @@ from mathverify.errors import UserError
 if TYPE_CHECKING:
     from mathverify.compare.report.content import Content
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 BESIDE = Path("report.html")
 """--report without a path: this, in the folder that is compared, or here where that is not one folder."""
 
@@ -60,6 +62,10 @@ def parser() -> Parser:
     made.add_argument(
         "--figures", metavar="FOLDER", type=Path, help="also write its figures as SVG and PNG, for a paper"
     )
+    made.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT",
+        help="make the saved view and the report of this W&B project, also without any PLACE; needs an online account",
+    )  # fmt: skip
     made.add_argument("--limit", type=int, default=40, help="most rows of a table on the terminal, 0 for all (40)")
     made.add_argument("--resamples", type=int, default=2000, help="bootstrap draws of questions (2000)")
     made.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
@@ -69,8 +75,15 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
+    stray = options.report is not None and options.report.suffix.lower() not in (".html", ".htm")
+    if not options.places and options.wandb is None and not stray:  # a stray place after --report is told of by itself
+        parser().error("the following arguments are required: PLACE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
     try:
         compare(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except UserError as error:
         from mathverify.printable import printable
 
@@ -88,10 +101,15 @@ def compare(options: argparse.Namespace) -> None:
         UserError: nothing to read, or an option that cannot be.
     """
     _check(options)
+    if not options.places:
+        _save_views(options.wandb, [])
+        return
     from mathverify.compare.reading import read_runs
 
     comparison = read_runs(options.places)
     baseline = None if options.baseline is None else comparison.find(options.baseline)
+    if baseline is not None and baseline.repeats is not None:
+        baseline = baseline.repeats
     if baseline is not None and not baseline.counts:
         raise UserError(f"--baseline {options.baseline}: is {baseline.state.value}: choose a run that was completed")
     from rich.console import Console
@@ -108,35 +126,46 @@ def compare(options: argparse.Namespace) -> None:
     show(console, comparison, verdicts, options.limit)
     for path in options.table:
         write_table(path, comparison, verdicts)
-        console.print(f"written: {path}", markup=False)
+        _say_written(path)
     if options.report is not None or options.figures is not None:
         from mathverify.compare.report.content import collect
 
-        content = collect(comparison, verdicts, baseline, options.confidence)
-        for path in _drawn(content, options):
-            console.print(f"written: {path}", markup=False)
+        _draw(collect(comparison, verdicts, baseline, options.confidence), options)
+    if options.wandb is not None:
+        _save_views(options.wandb, comparison.varying)
 
 
-def _drawn(content: Content, options: argparse.Namespace) -> Iterator[Path]:
-    """Write what --report and --figures ask for; yields what is there then."""
+def _draw(content: Content, options: argparse.Namespace) -> None:
+    """Write what --report and --figures ask for."""
     if options.report is not None:
         from mathverify.compare.report.page import write_report
 
         only = Path(options.places[0]) if len(options.places) == 1 else None
         beside = options.report is BESIDE and only is not None and only.is_dir()
-        yield write_report(content, only / BESIDE if beside and only is not None else options.report)
+        _say_written(write_report(content, only / BESIDE if beside and only is not None else options.report))
     if options.figures is not None:
         from mathverify.compare.report.figures import write_figures
 
-        write_figures(content, options.figures)
-        yield options.figures
+        written = write_figures(content, options.figures)
+        _say_written(options.figures, f" ({len(written)} files)")
+
+
+def _say_written(path: Path, more: str = "") -> None:
+    from mathverify.printable import printable
+
+    print(f"written: {printable(str(path))}{more}")
+
+
+def _save_views(target: str, varying: Sequence[str]) -> None:
+    from mathverify.compare.wandb_views import SEARCHED, save_views
+
+    for address in save_views(target, [key for key in varying if key != "seed"] or SEARCHED):
+        print(f"saved: {address}")
 
 
 def _check(options: argparse.Namespace) -> None:
     if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--report {options.report}: a page ends in .html (folders to compare come before --report)")
-    if not options.places:
-        raise UserError("no runs given (required: PLACE): name run folders, sweep folders or study URLs")
     if not 0.5 <= options.confidence < 1.0:
         raise UserError(f"--confidence {options.confidence} is not possible: use a number in [0.5, 1)")
     if options.resamples < 100:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ COLUMN, PAGE = 340, 680
 PPI = 300
 
 
-def write_figures(content: Content, folder: Path) -> list[Path]:
-    """Write NAME.svg and NAME.png of every figure that has something to show, and captions.md; returns the paths."""
+def write_figures(content: Content, folder: Path, kinds: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Write every figure that has something to show, as NAME.svg and NAME.png, and captions.md; returns the paths."""
     import vl_convert
 
     facts, pair = content.facts, content.pair
@@ -36,12 +37,12 @@ def write_figures(content: Content, folder: Path) -> list[Path]:
     written: list[Path] = []
     for figure in figures:
         spec = on_paper(figure, facts, tables, pair)
-        for ending, drawn in (
-            ("svg", vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode()),
-            ("png", vl_convert.vegalite_to_png(spec, ppi=PPI, allowed_base_urls=[])),
-        ):
-            written.append(folder / f"{figure.id}.{ending}")
-            write_atomic(written[-1], drawn)
+        for kind in kinds:
+            written.append(folder / f"{figure.id}.{kind}")
+            if kind == "svg":
+                write_atomic(written[-1], vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode())
+            else:
+                write_atomic(written[-1], vl_convert.vegalite_to_png(spec, ppi=PPI, allowed_base_urls=[]))
     written.append(folder / "captions.md")
     write_atomic(written[-1], _captions(facts, figures, pair).encode("utf-8", "replace"))
     return written

@@ -11,7 +11,7 @@ from mathverify.compare.report.facts import Row
 from mathverify.compare.seeds import Configuration
 from mathverify.compare.table import Table, tables
 from mathverify.compare.verdict import By, Verdict
-from mathverify.compare.wording import sentences
+from mathverify.compare.wording import all_sentences
 from mathverify.printable import printable
 
 MOST_SHOWN = 30
@@ -20,11 +20,7 @@ MOST_SHOWN = 30
 
 def said(verdicts: Sequence[Verdict]) -> list[str]:
     """The sentences of all verdicts, each with a capital."""
-    lines = []
-    for number, verdict in enumerate(verdicts, 1):
-        own = [printable(sentence) for sentence in sentences(verdict)]
-        about = f"Test set {number} of {len(verdicts)}: " if len(verdicts) > 1 else ""
-        lines += [about + own[0], *own[1:]]
+    lines = [printable(sentence) for sentence in all_sentences(verdicts)]
     return [line[:1].upper() + line[1:] for line in lines]
 
 
@@ -65,7 +61,7 @@ def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -
     """What the page calls the entries; verdict's own labels where that would call two the same."""
     field = "configuration" if verdict.by is By.configuration else "label"
     places = {entry: numbers.get(entry.runs[0], len(runs)) for entry in verdict.entries}
-    names = {e: str(runs[n][field]) if n < len(runs) else printable(e.label) for e, n in places.items()}
+    names = {e: str(runs[n][field]) if n < len(runs) else printable(verdict.name(e)) for e, n in places.items()}
     if len(set(names.values())) < len(names):
-        return {entry: printable(entry.label) for entry in names}
+        return {entry: printable(verdict.name(entry)) for entry in names}
     return names
