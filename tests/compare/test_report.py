@@ -44,7 +44,7 @@ def test_the_page_holds_every_run_and_names_what_differs(tmp_path: Path) -> None
     page = page_of(read_runs([synthetic.sweep(tmp_path, 6, seeds=2)]))
     table = _Table.read(page)
     assert [row[1] for row in table.rows] and len(table.rows) == 6
-    assert {"rank", "seed"} <= {head.partition(" (")[0] for head in table.heads}
+    assert {"rank", "seed"} <= {head.partition(" +")[0] for head in table.heads}
     best = max(r.test.accuracy.value or 0.0 for r in read_runs([tmp_path]).runs if r.test)
     assert f"{best:.1%} [" in table.rows[0][2]  # with its interval
     assert all("[" in row[2] and "completed" in row for row in table.rows)

@@ -90,9 +90,10 @@ def _verdict(verdicts: Sequence[Verdict], data: dict[str, list[Row]]) -> Section
             Figure("configurations", chart, caption, "configurations", "Configurations over their seeds", True)
         )
     if (rows := data["versus"]) and verdict.reference is not None:
+        name = printable(verdict.name(verdict.reference))
         what = "the baseline" if verdict.is_baseline else f"the best on {verdict.chosen_on}"
         caption = (
-            f"Accuracy of each minus that of {what}, {printable(verdict.name(verdict.reference))}, on the same test rows. Bars "
+            f"Accuracy of each minus that of {what}, {name}, on the same test rows. Bars "
             "are 95% intervals of each comparison alone; colour and shape are the verdict after the correction for "
             "their number (Holm), so a bar that just misses zero may still be a tie."
             + ("" if of_seeds else " Single runs: this says which adapter is better, not which settings.")
