@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mathverify.config import Dtype, ModelConfig, QuantizationConfig, QuantizationKind, RunConfig
 from mathverify.errors import UserError
+from mathverify.hub import cache_damage, hub_answers, mending
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _Explaining(config):
-        return AutoTokenizer.from_pretrained(model_path(config), revision=config.revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            model_path(config), revision=config.revision, trust_remote_code=False, local_files_only=_only_local(config)
+        )
 
 
 def model_path(config: ModelConfig) -> str:
@@ -116,6 +119,11 @@ def resolve_dtype(choice: Dtype, device: str) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def _only_local(config: ModelConfig) -> bool:
+    """Whether to take what is on this machine and ask nobody: a folder, or the hub's cache when the hub is silent."""
+    return Path(model_path(config)).is_dir() or not hub_answers()
+
+
 def weights_fingerprint(config: ModelConfig) -> str:
     """Identity of the base's weights without reading all of them.
 
@@ -161,6 +169,7 @@ def _load_model(
             quantization_config=_bitsandbytes_config(quantization, dtype),
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
+            local_files_only=_only_local(config),
         )
 
 
@@ -225,6 +234,8 @@ class _Explaining:
             return "no such folder: give a folder with config.json, *.safetensors and the tokenizer's files"
         if unknown:
             return "the hub has no model of this name, or it is private: check the name, or run `hf auth login`"
+        if (damage := cache_damage(str(self.config.path), "model", self.config.revision)) is not None:
+            return f"{damage}: {mending(str(self.config.path), 'model')}, or give a local copy with model.path=FOLDER"
         if _is_offline(text):
             return (
                 "the hub cannot be reached and the model is not in the local cache: connect once to download it "
