@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Tests run in several processes; more threads than cores would only make them wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help run test test-long quick check format clean
+.PHONY: help run test test-long quick findings check format clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -23,6 +23,9 @@ test-long: $(READY) ## Tests that take minutes or need PostgreSQL, Slurm or Chro
 
 quick: $(READY) ## The tests without the slow ones
 	$(TEST) -m "not slow and not long" $(ARGS)
+
+findings: $(READY) ## Ask on the embedded default whether rank and batch size help (72 runs; the same command continues)
+	$(BIN)/python -m tests.benchmarks.findings $(ARGS)
 
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -31,6 +31,9 @@ from mathverify.errors import RunFailed, UserError
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: bad input of any kind; a run that failed by itself."""
 
+TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
+"""'NUMBER:TOKEN' in hydra.job.env_set of a study's job: part of Hydra's own config, so of no run's fingerprint."""
+
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
 """As the user set it; `main` sets the variable for Hydra's sake."""
 
@@ -154,19 +157,30 @@ def refuse_contradictions(overrides: Sequence[str]) -> None:
 def refusing(folder: Path) -> Iterator[None]:
     """Say what went wrong in a job in one line, and take back its folder if nothing was done in it.
 
-    A single run ends here with its exit code. In a grid the error goes on to Hydra, which does the other jobs first.
-    Raised as it is when HYDRA_FULL_ERROR=1 was asked for.
+    A single run ends here with its exit code. In a grid the error goes on to Hydra, which does the other jobs first; a
+    study's trial says nothing, its study will. Raised as it is when HYDRA_FULL_ERROR=1 was asked for.
     """
     try:
         yield
     except (UserError, RunFailed) as error:
         if _wants_traceback:
             raise
-        _take_back(folder)
-        code = report(error)
+        code = refuse(folder, error)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
         sys.exit(code)
+
+
+def refuse(folder: Path, error: Exception, is_trial: bool | None = None) -> int:
+    """Report the error of a job and take back its folder if nothing was done in it; returns the exit code for it.
+
+    is_trial: of a study, which will say why the trial failed; unless given, whether this job is one.
+    """
+    if folder.is_dir():
+        _take_back(folder)
+    if trial_number() is not None if is_trial is None else is_trial:
+        return _code_of(error)
+    return report(error)
 
 
 def _take_back(folder: Path) -> None:
@@ -185,6 +199,12 @@ def _take_back(folder: Path) -> None:
 def run_folder() -> Path:
     """The folder Hydra made for this job."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def trial_number() -> int | None:
+    """The number of the trial that this job is; None for a job of no study."""
+    mark = os.environ.get(TRIAL_VARIABLE)
+    return None if mark is None else int(mark.partition(":")[0])
 
 
 def main(task: Callable[[DictConfig], Any]) -> None:
@@ -249,8 +269,14 @@ def _first_words(file: Path) -> str:
 def report(error: Exception) -> int:
     """Print the error's one line on stderr, once, and return the exit code for it."""
     if not getattr(error, "is_told", False):
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        from mathverify.records import redact
+
+        print(f"error: {redact(one_line(error))}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
+    return _code_of(error)
+
+
+def _code_of(error: Exception) -> int:
     return FAILED if isinstance(error, RunFailed) else BAD_INPUT
 
 

@@ -1,6 +1,7 @@
 """How a study looks into a run without the run knowing of studies: a judge of validations, set around the task.
 
-The sweeper sets it, train.py hands it to the runner. Holds no policy and imports nothing heavy.
+Each run has its own (run.Run.judge). A launcher that runs one task at a time sets it around the task. Holds no policy
+and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -8,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 Judge = Callable[[int, Mapping[str, float]], str | None]
 """(step, metrics such as {'validation/accuracy': 0.7}) -> reason to stop (prune) the run there, or None to go on."""
 
-_current: ContextVar[Judge | None] = ContextVar("judge", default=None)
+
+def nobody(step: int, metrics: Mapping[str, float]) -> str | None:
+    """The judge of a run without a study: nobody objects."""
+    return None
+
+
+_current: ContextVar[Judge] = ContextVar("judge", default=nobody)
 
 
 @contextmanager
 def judged_by(judge_of_this_task: Judge) -> Iterator[None]:
-    """Within, `judge` asks this one."""
+    """Within, `current_judge` is this one."""
     token = _current.set(judge_of_this_task)
     try:
         yield
@@ -26,12 +32,6 @@ def judged_by(judge_of_this_task: Judge) -> Iterator[None]:
         _current.reset(token)
 
 
-def judge(step: int, metrics: Mapping[str, float]) -> str | None:
-    """Ask whoever runs this task; without a study nobody objects."""
-    asked = _current.get()
-    return None if asked is None else asked(step, metrics)
-
-
-def judge_run(run: Any, found: Any) -> str | None:
-    """`judge` as run.PackRunner asks: a run.Run and the scoring.Metrics of its latest validation."""
-    return judge(run.trial.step, found.flat("validation"))
+def current_judge() -> Judge:
+    """The judge that was set around this task."""
+    return _current.get()

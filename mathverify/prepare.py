@@ -1,20 +1,30 @@
-"""What the trials of a pack share, made ready once: rows, token stores, tokenizer, base. Nothing is trained here."""
+"""What the trials of a pack share, made ready once: rows, token stores, tokenizer, base. Nothing is trained here.
+
+Everything stays warm in the process: the next pack on the same base, rows and prompt reads, tokenises, loads and
+quantises nothing anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
-from mathverify.config import RunConfig
-from mathverify.engine.budget import plan_budget
+from mathverify.config import DataConfig, LossKind, OptimizerKind, RunConfig
+from mathverify.engine.budget import RESERVE, adapter_bytes, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.model import PackedModel, adopt
 from mathverify.engine.passes import TokenBudget
 from mathverify.examples.report import DataReport, data_report, lengths
 from mathverify.examples.schema import Splits
-from mathverify.examples.sources import cache_dir, load
+from mathverify.examples.sources import Loaded, cache_dir, load
 from mathverify.progress import Progress, silent
 from mathverify.tokens.doctor import examine
 from mathverify.tokens.store import TokenStore, tokenize
@@ -24,11 +34,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+KEPT_ROWS = 2
+"""How many data sets stay warm: a table of rows takes little memory, its token ids are mapped files."""
+
+SHARE_FOR_ADAPTERS = 0.5
+"""Most of a GPU's free memory that adapters and their optimizers may take; the rest is for activations."""
+
+
 @dataclass(frozen=True)
 class Workbench:
     """Everything that runs with the same model, quantization, prompt and data have in common.
 
-    data_fingerprint: of the rows, prompt and tokenizer that training sees.
+    data_fingerprint: of the rows, prompt and tokenizer that training sees. at_once: how many of the runs it was
+    prepared for fit beside each other. base_scores: by split, what the bare base says; filled when first asked for.
     """
 
     model: PackedModel
@@ -41,12 +59,30 @@ class Workbench:
     data_fingerprint: str
     budget: TokenBudget
     plan: str
+    at_once: int = 1
+    base_scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
+@dataclass(frozen=True)
+class _Rows:
+    """A data set as one tokenizer and prompt see it. base_scores: of each base that was asked, by its config."""
+
+    loaded: Loaded
+    stores: Mapping[str, TokenStore]
+    report: DataReport
+    base_scores: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
+
+
+_warm: OrderedDict[str, _Rows] = OrderedDict()
+
+
+def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[RunConfig] = ()) -> Workbench:
     """Read and check the rows, examine the tokenizer, tokenise, load the base, plan the token budget.
 
     The cheap checks come first: a bad tokenizer or data file is told before a large base is loaded.
+
+    Args:
+        beside: configs on the same base that are to train at the same time.
 
     Raises:
         UserError: anything wrong with the data, the tokenizer or the model.
@@ -54,26 +90,77 @@ def prepare(config: RunConfig, progress: Progress = silent) -> Workbench:
     resolve_device(config.device)
     tokenizer = load_tokenizer(config.model)
     diagnosis = examine(tokenizer, config.prompt, config.train.loss)
-    loaded = load(config.data, progress)
-    stores = {
-        name: tokenize(rows, tokenizer, config.prompt, cache_dir(config.data), progress)
-        for name, rows in loaded.splits.items()
-    }
-    tokens = {name: lengths(store.lengths, store.cut) for name, store in stores.items()}
-    report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, tokens)
-    model = adopt(load_base(config))
+    rows = _rows(config, tokenizer, progress)
+    base = load_base(config)
+    model = adopt(base)
     use_liger(model)
-    longest = 1 + max(int(store.lengths.max()) for store in stores.values())  # with the verdict
-    plan = plan_budget(model, config, longest)
+    at_once = _at_once(model, [config, *beside])
+    longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
+    together = [config, *beside][:at_once]
+    plan = plan_budget(model, _largest(together), longest, len(together))
     return Workbench(
         model=model,
         model_path=model_path(config.model),
         tokenizer=tokenizer,
         verdicts=diagnosis.verdicts,
-        splits=loaded.splits,
-        stores=stores,
-        report=report,
-        data_fingerprint=stores["train"].fingerprint,
+        splits=rows.loaded.splits,
+        stores=rows.stores,
+        report=rows.report,
+        data_fingerprint=rows.stores["train"].fingerprint,
         budget=TokenBudget(plan.tokens),
         plan=plan.text,
+        at_once=at_once,
+        base_scores=rows.base_scores.setdefault(repr((config.quantization, base.dtype, base.device)), {}),
     )
+
+
+def _rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Rows:
+    """Rows, token stores and report: from memory if this process has made them of the very same files."""
+    key = repr((config.model, config.prompt, config.data, _marks(config.data)))
+    if key not in _warm:
+        loaded = load(config.data, progress)
+        stores = {
+            name: tokenize(rows, tokenizer, config.prompt, cache_dir(config.data), progress)
+            for name, rows in loaded.splits.items()
+        }
+        tokens = {name: lengths(store.lengths, store.cut) for name, store in stores.items()}
+        report = data_report(loaded.surveys, loaded.shared_questions, loaded.prepared, tokens)
+        _warm[key] = _Rows(loaded, stores, report)
+    _warm.move_to_end(key)
+    while len(_warm) > KEPT_ROWS:
+        _warm.popitem(last=False)
+    return _warm[key]
+
+
+def _marks(data: DataConfig) -> list[tuple[str, int, int]]:
+    """Local files of a data set as they are now: path, time of change, bytes."""
+    named = [Path(name).expanduser() for name in (data.path, data.train, data.validation, data.test) if name]
+    files = [file for path in named for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file()]
+
+
+# Memory of several runs at once
+
+
+def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
+    """How many of the configs, in their order, fit beside each other; at least one."""
+    if model.device.type != "cuda":
+        return len(configs)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    needed = np.cumsum([adapter_bytes(model, config) for config in configs])
+    return max(1, int(np.searchsorted(needed, free * RESERVE * SHARE_FOR_ADAPTERS, side="right")))
+
+
+def _largest(configs: Sequence[RunConfig]) -> RunConfig:
+    """A config that needs as much memory in every respect as any of these."""
+    first = configs[0]
+    rank = max(config.lora.rank for config in configs)
+    targets = max((config.lora.target_modules for config in configs), key=len)
+    kind = min((config.optimizer.kind for config in configs), key=list(OptimizerKind).index)  # 8-bit state is smaller
+    examples = max(config.train.examples_per_step for config in configs)
+    loss = max((config.train.loss for config in configs), key=list(LossKind).index)
+    train = replace(first.train, batch_size=examples, grad_accumulation=1, loss=loss, max_steps=first.train.steps)
+    train.max_examples = None
+    lora = replace(first.lora, rank=rank, target_modules=targets)
+    return replace(first, lora=lora, train=train, optimizer=replace(first.optimizer, kind=kind))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import resource
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,11 @@ from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.engine.trial import StepReport, Trial, TrialState
 from mathverify.examples.sources import rows_fingerprint
+from mathverify.judge import Judge, nobody
 from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
+from mathverify.tokens.doctor import examine
 from mathverify.tracking import Tracker, final_numbers, open_tracker
 
 
@@ -43,6 +46,9 @@ class Interrupted(Exception):
 
 class Screen:
     """What a person sees of a pack while it runs; this one shows nothing."""
+
+    def joined(self, run: Run) -> None:
+        """One run begins to train, or goes on."""
 
     def phase(self, name: str) -> None:
         """A new phase begins: 'training', 'evaluating', ..."""
@@ -62,7 +68,13 @@ class Screen:
 
 @dataclass(eq=False)
 class Run:
-    """One run of a pack, outside the engine: its folder, record, tracker and times."""
+    """One run of a pack, outside the engine: its folder, record, tracker, judge and times.
+
+    seconds: by phase; what runs do together is shared among them, a round of steps by the tokens each has in it, a
+    validation or test evenly, so that the sum over all runs is the time that passed. peak: bytes, of the whole process
+    while the run was in it. most_beside: how many runs it shared a pack with, at most. error: what ended it from
+    outside (its disk, its study), for whoever started it; its record then stays as it was and it can be continued.
+    """
 
     config: RunConfig
     folder: Path
@@ -71,24 +83,48 @@ class Run:
     tracker: Tracker
     identity: str
     lock: BaseFileLock
+    judge: Judge = nobody
     seconds: dict[str, float] = field(default_factory=dict)
     reports: list[tuple[float, int]] = field(default_factory=list)
+    peak: int = 0
+    most_beside: int = 0
+    error: Exception | None = None
 
     def spend(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """What happens within is this run's alone."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(phase, time.perf_counter() - start)
 
-def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
+
+def open_run(config: RunConfig, folder: Path, bench: Workbench, judge: Judge = nobody) -> Run | None:
     """A run ready to train, from its checkpoint if it has one; None when the folder holds it finished.
 
+    Args:
+        judge: asked after each validation during training whether to stop (prune) the run there.
+
     Raises:
-        UserError: the folder holds another run, or cannot be written.
+        UserError: the folder holds another run, or cannot be written; the base has no such linears to adapt.
     """
+    examine(bench.tokenizer, config.prompt, config.train.loss)
     lock = records.lock_run_folder(folder)
-    state = records.claim_run_folder(folder, config)
-    if state is FolderState.finished:
-        lock.release()
-        return None
+    run = None
+    try:
+        if records.claim_run_folder(folder, config) is not FolderState.finished:
+            run = _open_locked(config, folder, bench, judge, lock)
+    finally:
+        if run is None:
+            lock.release()
+    return run
+
+
+def _open_locked(config: RunConfig, folder: Path, bench: Workbench, judge: Judge, lock: BaseFileLock) -> Run:
     record = RunRecord.begin(config)
     record.data_fingerprint, record.base_fingerprint = bench.data_fingerprint, bench.model.base.fingerprint
     record.device = device_name(bench.model.device)
@@ -100,103 +136,157 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench) -> Run | None:
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
     costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)
-    return Run(config, folder, trial, record, tracker, identity, lock, costs or {})
-
-
-Judge = Callable[[Run, scoring.Metrics], str | None]
-"""Looks at a validation during training; returns the reason to stop (prune) the run there, or None to go on."""
+    return Run(config, folder, trial, record, tracker, identity, lock, judge, costs or {})
 
 
 class PackRunner:
-    """Trains and records the runs of one pack; implements the loop's Watcher."""
+    """Trains and records the runs of one pack; implements the loop's Watcher.
+
+    What goes wrong for one run ends that run only. Evaluating a run that is done takes place between two rounds and is
+    charged to that run; the others' times stand still meanwhile.
+    """
 
     def __init__(
-        self, bench: Workbench, screen: Screen, stop: Callable[[], bool], judge: Judge = lambda run, metrics: None
+        self,
+        bench: Workbench,
+        screen: Screen,
+        stop: Callable[[], bool],
+        follow: Callable[[], Run | None] = lambda: None,
+        closed: Callable[[Run], None] = lambda run: None,
     ) -> None:
-        self.bench, self.screen, self.stop, self.judge = bench, screen, stop, judge
-        self.runs: dict[Trial, Run] = {}
-        self._clock = time.perf_counter()
+        """
+        Args:
+            follow: asked for another run whenever one has ended, until it gives None. closed: told of each run that has
+                ended, when its record is written and before `follow` is asked.
+        """
+        self.bench, self.screen, self.stop, self.follow, self.closed = bench, screen, stop, follow, closed
+        self.open: dict[Trial, Run] = {}
+        self._finishing: list[threading.Thread] = []
 
     def run(self, runs: Sequence[Run]) -> None:
-        """Train, evaluate and record all of them.
+        """Train, evaluate and record all of them, and those that follow.
 
         Raises:
             Interrupted: a signal came; every unfinished run has its checkpoint and says `interrupted`.
+            Exception: something broke the pack as a whole, such as memory that is too small for its smallest pass. A
+                run that was alone has failed of it; several have their checkpoints, say `interrupted` and can be
+                opened again in smaller packs.
         """
-        self.runs = {run.trial: run for run in runs}
         pack = Pack(self.bench.model, self.bench.budget)
         for run in runs:
-            pack.add(run.trial)
+            pack.add(self._admit(run))
         self.screen.phase("training")
-        self._clock = time.perf_counter()
+        try:
+            self._train(pack)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self._break_up(pack, error)
+            raise
+        finally:
+            for thread in self._finishing:
+                thread.join()
+
+    def _train(self, pack: Pack) -> None:
         try:
             train(pack, self, self.stop)
-        except Interrupted:  # during a validation: between rounds, so every running trial can be saved as it stands
-            for trial in pack.running:
-                self.checkpoint(trial)
-        if self.stop():
-            self._interrupt([run for run in runs if run.record.status is Status.running])
-        self._finish([run for run in runs if run.trial.state is TrialState.finished])
+        except Interrupted:  # while runs were scored: between rounds, so every running trial can be saved as it stands
+            self._save_all(pack)
+        if self.open:
+            self._interrupt("stopped by a signal; the same command on this folder continues it")
+            raise Interrupted
 
     # The loop's Watcher
 
-    def stepped(self, trial: Trial, report: StepReport) -> None:
-        run = self.runs[trial]
-        now = time.perf_counter()
-        run.spend("train", now - self._clock)
-        self._clock = now
-        speed = self._speed(run, report.tokens)
-        run.tracker.log(
-            report.step,
-            {
-                "train/loss": report.loss,
-                "train/learning_rate": report.learning_rate,
-                "train/grad_norm": report.grad_norm,
-                "train/tokens_per_second": speed,
-                "train/examples": trial.examples,
-                "train/tokens": trial.tokens,
-            },
-        )
-        self.screen.stepped(run, report, speed)
+    def stepped(self, reports: Sequence[tuple[Trial, StepReport]], seconds: Mapping[Trial, float]) -> None:
+        for trial, spent in seconds.items():
+            self.open[trial].spend("train", spent)
+        for trial, report in reports:
+            run = self.open[trial]
+            speed = _speed(run, report.tokens)
+            with self._guarding(run):
+                run.tracker.log(report.step, _of_step(trial, report, speed))
+                self.screen.stepped(run, report, speed)
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
-        start = time.perf_counter()
-        scores = self._scores("validation", [trial.adapter for trial in trials])
-        for trial, own in zip(trials, scores, strict=True):
-            run = self.runs[trial]
-            metrics = self._measure("validation", own, run.config).overall
-            run.tracker.log(trial.step, metrics.flat("validation"))
-            run.record.metrics.validation = metrics
-            self.screen.validated(run, metrics)
-            if reason := self.judge(run, metrics):
-                trial.state, trial.reason = TrialState.stopped, reason
-            run.spend("validate", (time.perf_counter() - start) / len(trials))
-        self._clock = time.perf_counter()
+        runs = [self.open[trial] for trial in trials]
+        with _shared(runs, "validate"):
+            scores = self._scores("validation", [trial.adapter for trial in trials])
+        for run, own in zip(runs, scores, strict=True):
+            with self._guarding(run), run.timed("validate"):
+                metrics = self._measure("validation", own, run.config).overall
+                run.tracker.log(run.trial.step, metrics.flat("validation"))
+                run.record.metrics.validation = metrics
+                self.screen.validated(run, metrics)
+                if reason := run.judge(run.trial.step, metrics.flat("validation")):
+                    run.trial.state, run.trial.reason = TrialState.stopped, reason
 
     def checkpoint(self, trial: Trial) -> None:
-        run = self.runs[trial]
-        save_checkpoint(trial, run.folder / records.CHECKPOINT, run.identity, run.seconds)
+        run = self.open[trial]
+        with self._guarding(run), run.timed("checkpoint"):
+            save_checkpoint(trial, run.folder / records.CHECKPOINT, run.identity, run.seconds)
 
-    def ended(self, trial: Trial) -> Trial | None:
-        if trial.state is TrialState.failed:
-            self._end_early(self.runs[trial], Status.failed)
-        elif trial.state is TrialState.stopped:
-            self._end_early(self.runs[trial], Status.pruned)
-        else:
-            self.checkpoint(trial)
-        return None
+    def ended(self, trials: Sequence[Trial]) -> list[Trial]:
+        runs = [self.open[trial] for trial in trials]
+        for run in runs:
+            if run.trial.state is TrialState.finished:
+                self.checkpoint(run.trial)
+        finished = [run for run in runs if run.trial.state is TrialState.finished]  # and could be saved
+        for run in runs:
+            if run not in finished:
+                self._end_early(run)
+        self._finish(finished)
+        return [self._admit(run) for run in iter(self.follow, None)]
+
+    def _admit(self, run: Run) -> Trial:
+        self._note_peak()
+        self.open[run.trial] = run
+        for one in self.open.values():
+            one.most_beside = max(one.most_beside, len(self.open) - 1)
+        self.screen.joined(run)
+        return run.trial
+
+    @contextmanager
+    def _guarding(self, run: Run) -> Iterator[None]:
+        """A full disk or a broken study of one run ends that run only."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            run.error = run.error or error
+            run.trial.fail(str(error))
 
     # Ends
 
-    def _interrupt(self, runs: Sequence[Run]) -> None:
-        for run in runs:
-            self._close(run, Status.interrupted, "stopped by a signal; the same command on this folder continues it")
-        raise Interrupted
+    def _save_all(self, pack: Pack) -> None:
+        for trial in pack.running:
+            self.checkpoint(trial)
 
-    def _end_early(self, run: Run, status: Status) -> None:
+    def _break_up(self, pack: Pack, error: Exception) -> None:
+        if len(self.open) > 1:
+            self._save_all(pack)
+            self._interrupt(f"its pack broke up: {error}")
+            return
+        for run in list(self.open.values()):
+            run.error = error
+            self._close(run, Status.failed, str(error))
+
+    def _interrupt(self, reason: str) -> None:
+        """Every open run keeps its checkpoint; one that could not be saved keeps what it had."""
+        for run in list(self.open.values()):
+            if run.error is None:
+                self._close(run, Status.interrupted, reason)
+            else:
+                self._drop(run)
+
+    def _end_early(self, run: Run) -> None:
         """A failed or pruned run keeps what it has; its test set is not looked at."""
-        self._close(run, status, run.trial.reason)
-        self.screen.ended(run)
+        if run.error is not None:
+            self._drop(run)
+        else:
+            status = Status.failed if run.trial.state is TrialState.failed else Status.pruned
+            self._close(run, status, run.trial.reason)
 
     def _finish(self, runs: Sequence[Run]) -> None:
         """Test is scored here, once; whatever was tuned was tuned on validation."""
@@ -204,57 +294,86 @@ class PackRunner:
             return
         self.screen.phase("evaluating")
         adapters: list[Adapter | None] = [run.trial.adapter for run in runs]
-        start = time.perf_counter()
-        try:
+        with _shared(runs, "evaluate"):
             validation = self._scores("validation", adapters)
-            with_base = any(run.config.evaluate.zero_shot for run in runs)
-            test = self._scores("test", [*adapters, None] if with_base else adapters)
-            share = (time.perf_counter() - start) / len(runs)
-            for place, run in enumerate(runs):
-                run.spend("evaluate", share)
-                self._report(run, validation[place], test[place], test[-1] if run.config.evaluate.zero_shot else None)
-        except Interrupted:
-            self._interrupt([run for run in runs if run.record.status is Status.running])
+            test = self._scores("test", adapters)
+        if judged := [run for run in runs if run.config.evaluate.zero_shot]:
+            with _shared(judged, "evaluate"):
+                self._zero_shot()
+        for run, own_validation, own_test in zip(runs, validation, test, strict=True):
+            predictions: records.Predictions | None = None
+            with self._guarding(run), run.timed("evaluate"):
+                predictions = self._report(run, own_validation, own_test)
+            if run.error is not None:
+                self._drop(run)
+            else:
+                self._close(run, Status.completed, None, predictions)
 
-    def _report(
-        self, run: Run, validation: NDArray[np.float64], test: NDArray[np.float64], zero: NDArray[np.float64] | None
-    ) -> None:
-        start = time.perf_counter()
+    def _report(self, run: Run, validation: NDArray[np.float64], test: NDArray[np.float64]) -> records.Predictions:
         metrics = run.record.metrics
         labels = self.bench.stores["validation"].labels
         metrics.validation = self._measure("validation", validation, run.config).overall
         metrics.threshold = scoring.tune_threshold(validation, labels)
         found = self._measure("test", test, run.config, metrics.threshold)
         metrics.test, metrics.tuned, metrics.slices = found.overall, found.tuned, found.slices
-        if zero is not None:
-            metrics.zero_shot = self._measure("test", zero, run.config).overall
+        if run.config.evaluate.zero_shot:
+            metrics.zero_shot = self._measure("test", self._zero_shot(), run.config).overall
         if run.config.evaluate.method is EvaluateMethod.generate:
             run.record.notes["generated"] = self._generate(run, test)
         predictions = self._predictions("test", test)
         records.write_predictions(run.folder / records.PREDICTIONS, predictions)
         save_adapter(run.trial.adapter, run.folder / "adapter", self.bench.model_path)
-        run.spend("evaluate", time.perf_counter() - start)
-        self._close(run, Status.completed, None, predictions)
-        self.screen.ended(run)
+        return predictions
 
     def _close(
         self, run: Run, status: Status, reason: str | None, predictions: records.Predictions | None = None
     ) -> None:
+        with self._guarding(run):
+            self._write_end(run, status, reason)
+            run.tracker.summarize(final_numbers(run.record))
+            if predictions is not None:
+                run.tracker.predictions(predictions)
+                run.tracker.adapter(run.folder / "adapter")
+        self._leave(run, status)
+
+    def _drop(self, run: Run) -> None:
+        """End a run whose folder or study broke: its record stays as it was."""
+        self._leave(run, Status.failed)
+
+    def _leave(self, run: Run, status: Status) -> None:
+        """The run is over for this pack. Its tracker may wait for a slow server, which the others do not."""
+        del self.open[run.trial]
+        if self.open:
+            thread = threading.Thread(target=run.tracker.finish, args=(status,), name="tracker")
+            thread.start()
+            self._finishing.append(thread)
+        else:
+            run.tracker.finish(status)
+        run.lock.release()
+        self.screen.ended(run)
+        self.closed(run)
+
+    def _write_end(self, run: Run, status: Status, reason: str | None) -> None:
+        self._note_peak()
         trial, costs = run.trial, run.record.costs
         run.record.status, run.record.reason, run.record.finished = status, reason, records.utc_now()
         costs.seconds = {phase: round(seconds, 3) for phase, seconds in run.seconds.items()}
         costs.tokens, costs.optimizer_steps, costs.examples_seen = trial.tokens, trial.step, trial.examples
         costs.tokens_per_second = trial.tokens / run.seconds["train"] if run.seconds.get("train") else None
-        costs.peak_memory_bytes = peak_memory(self.bench.model.device)
+        costs.peak_memory_bytes = run.peak
         costs.trainable_parameters = trial.adapter.flat.numel()
+        if run.most_beside:
+            run.record.notes["pack"] = {"most_runs_beside": run.most_beside}
         # The record last: when it says completed, everything else is there.
         records.write_record(run.folder, run.record)
-        run.tracker.summarize(final_numbers(run.record))
-        if predictions is not None:
-            run.tracker.predictions(predictions)
-            run.tracker.adapter(run.folder / "adapter")
-        run.tracker.finish(status)
-        run.lock.release()
+
+    def _note_peak(self) -> None:
+        """Called whenever a run comes or goes, so that each run's peak is of the time that it was there."""
+        peak = peak_memory(self.bench.model.device)
+        for run in self.open.values():
+            run.peak = max(run.peak, peak)
+        if self.bench.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.bench.model.device)
 
     # Scores and metrics
 
@@ -270,6 +389,12 @@ class PackRunner:
             self.screen.scored(split, done, total)
 
         return score(bench.model, adapters, store, bench.verdicts, bench.budget, progress)
+
+    def _zero_shot(self) -> NDArray[np.float64]:
+        """What the bare base says of the test set, asked once for all runs of this process on these rows."""
+        if "test" not in self.bench.base_scores:
+            self.bench.base_scores["test"] = self._scores("test", [None])[0]
+        return self.bench.base_scores["test"]
 
     def _heed(self) -> None:
         if self.stop():
@@ -318,13 +443,36 @@ class PackRunner:
             "seconds": round(seconds, 3),
         }
 
-    def _speed(self, run: Run, tokens: int, window: int = 20) -> float:
-        """Training tokens a second over the last steps."""
-        run.reports.append((run.seconds["train"], tokens))
-        del run.reports[: -window - 1]
-        elapsed = run.reports[-1][0] - (run.reports[0][0] if len(run.reports) > 1 else 0.0)
-        counted = run.reports[1:] if len(run.reports) > 1 else run.reports
-        return sum(count for _, count in counted) / elapsed if elapsed > 0 else 0.0
+
+@contextmanager
+def _shared(runs: Sequence[Run], phase: str) -> Iterator[None]:
+    """What happens within is done for all these runs alike."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.spend(phase, (time.perf_counter() - start) / len(runs))
+
+
+def _of_step(trial: Trial, report: StepReport, speed: float) -> dict[str, float]:
+    return {
+        "train/loss": report.loss,
+        "train/learning_rate": report.learning_rate,
+        "train/grad_norm": report.grad_norm,
+        "train/tokens_per_second": speed,
+        "train/examples": trial.examples,
+        "train/tokens": trial.tokens,
+    }
+
+
+def _speed(run: Run, tokens: int, window: int = 20) -> float:
+    """Training tokens a second over the last steps."""
+    run.reports.append((run.seconds["train"], tokens))
+    del run.reports[: -window - 1]
+    elapsed = run.reports[-1][0] - (run.reports[0][0] if len(run.reports) > 1 else 0.0)
+    counted = run.reports[1:] if len(run.reports) > 1 else run.reports
+    return sum(count for _, count in counted) / elapsed if elapsed > 0 else 0.0
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -9,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal to draw a bar on."""
 
+SCREEN = "screen.txt"
+"""What a study does not show: in a trial's folder what a run of its own would have, in a study's folder its packs."""
+
 
 class RunScreen(Screen):
-    """One run on stdout: a moving bar on a terminal, a line now and then elsewhere."""
+    """One run on stdout: a moving bar on a terminal, a line now and then elsewhere. label: what the bar begins with."""
 
-    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, console: Console | None = None, label: str = "") -> None:
+        self.config, self.folder, self.label = config, folder, label
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._said = time.monotonic()
         self._bar: Progress | None = None
@@ -60,7 +65,7 @@ class RunScreen(Screen):
     def phase(self, name: str) -> None:
         if name == "training" and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                TextColumn(f"{self.label}step {{task.completed:.0f}}/{{task.total:.0f}}"),
                 BarColumn(),
                 TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
                 TimeRemainingColumn(),
@@ -95,7 +100,7 @@ class RunScreen(Screen):
             self._say(f"scoring {split} {done / total:.0%}")
 
     def validated(self, run: Run, metrics: Metrics) -> None:
-        said = f"validation {_share(metrics.accuracy)}"
+        said = f"validation {share(metrics.accuracy)}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, validation=said)
         else:
@@ -124,9 +129,7 @@ class RunScreen(Screen):
         """A signal ended the run; say how to go on."""
         self._put_bar_away()
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
-        plain = re.fullmatch(r"[\w./-]+", str(self.folder)) is not None
-        place = f"hydra.run.dir={self.folder}" if plain else f"\"hydra.run.dir='{self.folder}'\""
-        continuing = f"{shlex.join(words)} {place}".strip()
+        continuing = f"{shlex.join(words)} {as_override('hydra.run.dir', self.folder)}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
         self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
 
@@ -139,6 +142,88 @@ class RunScreen(Screen):
             self._bar = None
 
 
+class TrialScreen(RunScreen):
+    """A run that is a trial of a study, which says a line about it: the rest goes to screen.txt in the trial's folder.
+
+    On a terminal a bar shows how far it is, and leaves nothing behind.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, number: int, console: Console | None = None) -> None:
+        super().__init__(config, folder, paper(folder / SCREEN))
+        self._live = RunScreen(config, folder, console, label=f"#{number}  {config.name}  ")
+        self._drawn = self._live.console.is_terminal
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
+        self.console.file.close()
+
+    def phase(self, name: str) -> None:
+        super().phase(name)
+        if self._drawn:
+            self._live.phase(name)
+
+    def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
+        super().stepped(run, report, tokens_per_second)
+        if self._drawn:
+            self._live.stepped(run, report, tokens_per_second)
+
+    def scored(self, split: str, done: int, total: int) -> None:
+        super().scored(split, done, total)
+        if self._drawn:
+            self._live.scored(split, done, total)
+
+    def validated(self, run: Run, metrics: Metrics) -> None:
+        super().validated(run, metrics)
+        if self._drawn:
+            self._live.validated(run, metrics)
+
+    def ended(self, run: Run) -> None:
+        super().ended(run)
+        self._live.ended(run)
+
+    def interrupted(self) -> None:
+        """The study says how to go on."""
+        self._say("stopped by a signal; the study's own command continues it")
+
+
+def paper(path: Path) -> Console:
+    """A console that appends to a file, which is made with the first word."""
+    return Console(file=cast(TextIO, _LateFile(path)), width=120, highlight=False, soft_wrap=True)
+
+
+class _LateFile(io.TextIOBase):
+    """Appends to a file that is made when the first word is written, so that a refused run leaves none.
+
+    What the disk refuses is dropped: nothing that counts is written here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(text)
+            self._file.flush()
+        return len(text)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+
+
+def as_override(key: str, folder: Path) -> str:
+    """KEY=FOLDER as it can be pasted into a shell, whatever the folder is called."""
+    plain = re.fullmatch(r"[\w./-]+", str(folder)) is not None
+    return f"{key}={folder}" if plain else f"\"{key}='{folder}'\""
+
+
 def final_table(record: RunRecord, folder: Path) -> Table:
     """The last lines of a run: quality with intervals, the base it started from, cost, and where everything is."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -149,13 +234,13 @@ def final_table(record: RunRecord, folder: Path) -> Table:
         table.add_row(Text(name, style="bold"), Text(printable(value)))
 
     if test is not None:
-        row("accuracy", f"{_share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
+        row("accuracy", f"{share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")
         row("AUROC", _number(test.auroc))
         row("Brier", _number(test.brier))
-        row("base rate", _share(test.base_rate))
-    row("zero-shot", _share(zero.accuracy) if zero is not None else "not measured")
+        row("base rate", share(test.base_rate))
+    row("zero-shot", share(zero.accuracy) if zero is not None else "not measured")
     if metrics.tuned is not None:
-        row("tuned threshold", f"{_share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
+        row("tuned threshold", f"{share(metrics.tuned.accuracy)} at log-odds {metrics.threshold:.2f}")
     if (generated := record.notes.get("generated")) is not None:
         accuracy = generated["metrics"]["accuracy"]
         row("by generation", f"{accuracy['value']:.1%}, {generated['unparsed']} unparsed, {generated['seconds']:.1f} s")
@@ -166,7 +251,8 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     return table
 
 
-def _share(interval: Interval) -> str:
+def share(interval: Interval) -> str:
+    """'98.9% [98.4%, 99.3%]'."""
     return _with_interval(interval, lambda x: f"{x:.1%}")
 
 

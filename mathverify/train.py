@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from mathverify import entry
 from mathverify.errors import RunFailed
-from mathverify.judge import judge_run
+from mathverify.judge import current_judge
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,11 +30,16 @@ def task(composed: DictConfig) -> float | None:
     """What Hydra calls for each job. Returns the validation accuracy, which sweepers maximise."""
     folder = entry.run_folder()
     with entry.refusing(folder):
-        return train_one(entry.to_run_config(composed), folder)
+        return train_one(entry.to_run_config(composed), folder, trial=entry.trial_number())
 
 
-def train_one(config: RunConfig, folder: Path, console: Console | None = None) -> float | None:
+def train_one(
+    config: RunConfig, folder: Path, console: Console | None = None, trial: int | None = None
+) -> float | None:
     """Do one run in `folder`, continuing it if it was cut short, and show it.
+
+    Args:
+        trial: its number in the study that it belongs to, which has a screen of its own.
 
     Returns:
         Accuracy on validation at the end.
@@ -51,25 +56,28 @@ def train_one(config: RunConfig, folder: Path, console: Console | None = None) -
     from mathverify.progress import shown
     from mathverify.records import read_record
     from mathverify.run import Interrupted, PackRunner, heeding_signals, interruptible, open_run
-    from mathverify.screen import RunScreen
+    from mathverify.screen import RunScreen, TrialScreen
     from mathverify.tracking import uploads_in_background
 
     start = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    with uploads_in_background(), heeding_signals() as stop, RunScreen(config, folder, console) as screen:
+    own = RunScreen(config, folder, console) if trial is None else TrialScreen(config, folder, trial, console)
+    with uploads_in_background(), heeding_signals() as stop, own as screen:
         try:
             with shown() as progress:
                 bench = prepare(config, interruptible(progress, stop))
             screen.prepared(bench)
-            run = open_run(config, folder, bench)
+            run = open_run(config, folder, bench, current_judge())
             if run is None:
                 return screen.finished_before(read_record(folder))
             run.spend("prepare", time.perf_counter() - start)
-            PackRunner(bench, screen, stop, judge_run).run([run])
+            PackRunner(bench, screen, stop).run([run])
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)
+        if run.error is not None:
+            raise run.error
         accuracy = screen.result(run)
     if accuracy is None:
         raise RunFailed(run.record.reason)

@@ -7,7 +7,10 @@ paired.py     two runs on the same rows: exact tests, bootstrap over questions, 
 seeds.py      configurations (runs equal but for the seed): mean, spread, and tests that count the luck of the seed
 power.py      how many more rows or seeds would settle a difference
 verdict.py    what may be said: winner or tie, what it would take, how much choosing flattered the winner
-table.py      rows and columns; as rich, CSV, Markdown, LaTeX
+wording.py    a verdict in sentences
+table.py      rows and columns; as CSV, Markdown, LaTeX
+show.py       tables and sentences on a terminal of any width
+report/       report.html and figures for a paper
 wandb_views.py  the saved view and the report of a W&B project
 
 No torch here: it starts fast and works anywhere. Only reads; runs and studies are never changed.

@@ -2,6 +2,7 @@
 
 python -m mathverify.compare outputs/2026-11-23/10-00-00 outputs/2026-11-23/11-00-00
 python -m mathverify.compare multirun/rank_grid --table table.csv --table table.md
+python -m mathverify.compare multirun/rank_grid --report report.html --figures figures
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
 python -m mathverify.compare --wandb ENTITY/PROJECT
@@ -10,6 +11,7 @@ python -m mathverify.compare --wandb ENTITY/PROJECT
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from typing import NoReturn
 
 from mathverify.errors import UserError
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +50,8 @@ def parser() -> Parser:
         "--table", metavar="PATH", type=Path, action="append", default=[],
         help="also write the tables: .csv, .md or .tex; may be repeated",
     )  # fmt: skip
+    made.add_argument("--report", metavar="PATH", type=Path, help="also write a page to look at, one file")
+    made.add_argument("--figures", metavar="FOLDER", type=Path, help="also write figures for a paper")
     made.add_argument(
         "--wandb", metavar="ENTITY/PROJECT",
         help="make the saved view and the report of this W&B project, also without any PLACE; needs an online account",
@@ -63,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if not options.places and options.wandb is None:
         parser().error("the following arguments are required: PLACE")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
     try:
         compare(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except UserError as error:
         from mathverify.printable import printable
 
@@ -89,6 +97,8 @@ def compare(options: argparse.Namespace) -> None:
 
     comparison = read_runs(options.places)
     baseline = None if options.baseline is None else comparison.find(options.baseline)
+    if baseline is not None and baseline.repeats is not None:
+        baseline = baseline.repeats
     if baseline is not None and not baseline.counts:
         raise UserError(f"--baseline {options.baseline}: is {baseline.state.value}: choose a run that was completed")
     from rich.console import Console
@@ -105,9 +115,26 @@ def compare(options: argparse.Namespace) -> None:
     show(console, comparison, verdicts, options.limit)
     for path in options.table:
         write_table(path, comparison, verdicts)
-        console.print(f"written: {path}", markup=False)
+        _say_written(path)
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+        from mathverify.compare.wording import all_sentences
+
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        _say_written(write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline))
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        written = write_figures(comparison, options.figures, baseline=baseline)
+        _say_written(options.figures, f" ({len(written)} files)")
     if options.wandb is not None:
         _save_views(options.wandb, comparison.varying)
+
+
+def _say_written(path: Path, more: str = "") -> None:
+    from mathverify.printable import printable
+
+    print(f"written: {printable(str(path))}{more}")
 
 
 def _save_views(target: str, varying: Sequence[str]) -> None:
@@ -129,6 +156,12 @@ def _check(options: argparse.Namespace) -> None:
 
         for path in options.table:
             checked_suffix(path)
+    if options.report is not None or options.figures is not None:
+        from importlib.util import find_spec
+
+        if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
+            asked = "--report" if options.report is not None else "--figures"
+            raise UserError(f"{asked} needs {' and '.join(missing)}: pip install 'mathverify[report]'")
 
 
 if __name__ == "__main__":

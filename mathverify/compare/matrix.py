@@ -95,10 +95,9 @@ def _read(run: RunView, rows: dict[str, pyarrow.Table]) -> tuple[NDArray[np.bool
     path = run.folder / PREDICTIONS
     table = read_prediction_table(path)
     _check(path, table)
-    table = table.set_column(0, "id", table["id"].cast(pa.string()))
     order = pa.compute.sort_indices(table["id"])
     table = table.take(order)
-    about = table.select(["id", "group", "is_correct"]).combine_chunks()
+    about = table.select(["id", "group", "is_correct"]).combine_chunks().replace_schema_metadata(None)
     key = next((key for key, known in rows.items() if known.equals(about)), None)
     if key is None:
         key = str(len(rows))
@@ -119,12 +118,18 @@ def _numbers(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> NDArray[An
 def _check(path: object, table: pyarrow.Table) -> None:
     import pyarrow as pa
 
-    wanted = {"is_correct": pa.types.is_boolean, "score": pa.types.is_floating}
+    wanted = {"id": _is_text, "group": _is_text, "is_correct": pa.types.is_boolean, "score": pa.types.is_floating}
     for name, fits in wanted.items():
         if not fits(table[name].type):
             raise UserError(f"{path}: column {name} is {table[name].type}: run the evaluation again")
     if len(table) == 0 or any(table[name].null_count for name in ("id", "group", "is_correct", "score")):
         raise UserError(f"{path}: has no rows, or nulls where none belong: run the evaluation again")
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _codes(about: pyarrow.Table) -> NDArray[np.int64]:

@@ -21,12 +21,14 @@ class Needs:
     """Rows or seeds in all (not on top) that would settle the difference with `power`, the other held as it is.
 
     rows: of the test set, with as many questions in proportion; None when out of reach that way. seeds: of each
-    configuration; None when out of reach, or when no seeds were compared.
+    configuration; None when out of reach, or when no seeds were compared. both: (rows, seeds), grown in proportion,
+    where neither alone does it.
     """
 
     rows: int | None
     seeds: int | None
     power: float
+    both: tuple[int, int] | None = None
 
 
 def needs_of_runs(found: PairedDifference, alpha: float, power: float = 0.8) -> Needs:
@@ -62,9 +64,14 @@ def needs_of_seeded(found: SeededDifference, rows: int, alpha: float, power: flo
 
     if found.difference == 0:
         return Needs(None, None, power)
-    more_seeds = _smallest(lambda s: enough(s, found.questions), max(seeds, 2), MOST_SEEDS)
-    more_questions = _smallest(lambda q: enough(max(seeds, 2), q), found.questions, int(MOST_ROWS / per_question))
-    return Needs(None if more_questions is None else math.ceil(more_questions * per_question), more_seeds, power)
+    more_seeds = _smallest(lambda s: enough(s, found.questions), seeds, MOST_SEEDS)
+    more_questions = _smallest(lambda q: enough(seeds, q), found.questions, int(MOST_ROWS / per_question))
+    both = None
+    if more_seeds is None and more_questions is None:
+        s = _smallest(lambda s: enough(s, found.questions * s // seeds), seeds, MOST_SEEDS)
+        both = None if s is None else (math.ceil(rows * s / seeds), s)
+    more_rows = None if more_questions is None else math.ceil(more_questions * per_question)
+    return Needs(more_rows, more_seeds, power, both)
 
 
 def power_of(difference: float, components: Components, seeds: int, questions: int, alpha: float) -> float:

@@ -180,7 +180,7 @@ def read_runs(places: Sequence[str | Path]) -> Comparison:
     views = list(runs.values())
     _mark_repeats(views)
     _label(views)
-    varying = _varying([run.settings for run in views if run.settings])
+    varying = varying_keys(views)
     for run in views:
         run.params = {key: run.settings[key] for key in varying if key in run.settings}
     return Comparison(views, varying, problems)
@@ -308,8 +308,10 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys that differ between runs, in the order of the config; the seed last, since it is what is averaged over."""
+def varying_keys(runs: Sequence[RunView]) -> list[str]:
+    """Settings that differ between runs, in the order of the config; the seed last, since it is what is averaged over.
+    Runs without settings (unreadable) do not count."""
+    settings = [run.settings for run in runs if run.settings]
     keys = dict.fromkeys(key for one in settings for key in one)
     spelt = [{key: json.dumps(value, sort_keys=True) for key, value in one.items()} for one in settings]
     varying = [key for key in keys if len({one.get(key) for one in spelt}) > 1]

@@ -41,11 +41,6 @@ class Configuration:
     params: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def label(self) -> str:
-        """'rank=16 alpha=32'; the run's own label where no setting differs."""
-        return spelt(self.params) or self.runs[0].label
-
-    @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs if run.seed is not None]
 
@@ -101,16 +96,21 @@ def _values(found: Sequence[float | None]) -> Floats:
     return np.array([value for value in found if value is not None], np.float64)
 
 
+ASIDE = ("seed", "evaluate.", "train.eval_every")
+"""Settings (beginnings of their keys) that make no other configuration: the seed, and how often and how finely it is
+judged."""
+
+
 def configurations(runs: Sequence[RunView]) -> list[Configuration]:
     """Group runs by all settings but the seed, and by data and base; in order of first appearance."""
     groups: dict[str, list[RunView]] = {}
     for run in runs:
-        rest = {key: value for key, value in run.settings.items() if key != "seed"}
+        rest = {key: value for key, value in run.settings.items() if not key.startswith(ASIDE)}
         groups.setdefault(json.dumps([rest, run.ground], sort_keys=True), []).append(run)
     made = []
     for members in groups.values():
         ordered = sorted(members, key=lambda run: (run.seed is None, run.seed or 0))
-        made.append(Configuration(ordered, {k: v for k, v in members[0].params.items() if k != "seed"}))
+        made.append(Configuration(ordered, {k: v for k, v in members[0].params.items() if not k.startswith(ASIDE)}))
     return made
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mathverify.compare.reading import Comparison
-from mathverify.compare.table import Table, tables, unfinished
+from mathverify.compare.table import NONE, Table, tables, unfinished
 from mathverify.compare.verdict import Verdict
 from mathverify.compare.wording import sentences
 from mathverify.printable import printable
@@ -26,6 +26,8 @@ def show(console: Console, comparison: Comparison, verdicts: Sequence[Verdict], 
     for table in tables(comparison, verdicts):
         _print_table(console, table, limit)
     _explain(console, comparison, verdicts, limit)
+    if not verdicts:
+        _say(console, "no verdict: no run has a test result yet", "bold")
     for number, verdict in enumerate(verdicts, 1):
         if len(verdicts) > 1:
             _say(console, f"test set {number} (runs of different test sets are not compared):", "bold")
@@ -55,8 +57,10 @@ def fitted(table: Table, width: int) -> list[Table]:
     quality, cost = few.only("number", "settings", "quality", "end"), few.only("number", "settings", "cost")
     if any(column.part == "number" for column in few.columns):  # rows are known by their number
         cost = few.only("number", "cost")
+    else:
+        cost.rows = [row for row in cost.rows if any(cell.text != NONE for cell in row[1:])]
     cost.title = table.rest
-    return [quality, cost] if any(column.part == "cost" for column in cost.columns) else [quality]
+    return [quality, cost] if cost.rows and any(column.part == "cost" for column in cost.columns) else [quality]
 
 
 def _drawn(table: Table) -> rich.table.Table:

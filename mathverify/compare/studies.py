@@ -21,16 +21,28 @@ def runs_of_study(url: str) -> Iterator[RunView]:
     Raises:
         UserError: no such storage, no study in it, or not the one named; without passwords.
     """
+    try:
+        yield from _runs_of_study(url)
+    except UserError:
+        raise
+    except Exception as error:  # of SQLAlchemy, of every database driver, of Optuna on a file that is no journal
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{redact(url)}: cannot be read as a study ({redact(first)[:200]}): check the address, and that a sweep of "
+            "this program made it"
+        ) from None
+
+
+def _runs_of_study(url: str) -> Iterator[RunView]:
     import optuna
 
     where, _, name = url.partition("#")
     storage = _open(where)
     known = [study.study_name for study in optuna.get_all_study_summaries(storage, include_best_trial=False)]
-    chosen = [name] if name else known
     if not known or (name and name not in known):
         listed = f"it has {', '.join(map(repr, known[:8]))}" if known else "it has none"
         raise UserError(f"{redact(url)}: no study {name or 'at all'} there ({listed}): check the address and the name")
-    for study in chosen:
+    for study in [name] if name else known:
         yield from _trials(optuna.load_study(study_name=study, storage=storage))
 
 
@@ -61,22 +73,15 @@ def _view(trial: Any, folder: Path) -> RunView:
 def _open(url: str) -> Any:
     """The storage, never made anew: what is not there is an error."""
     scheme, _, rest = url.partition("://")
-    try:
-        if scheme == "journal":
-            return _journal(Path(rest))
-        from optuna.storages import RDBStorage
+    if scheme == "journal":
+        return _journal(Path(rest))
+    from optuna.storages import RDBStorage
 
-        from mathverify.sweep.storage import with_driver
+    from mathverify.sweep.storage import with_driver
 
-        file = rest.removeprefix("/")
-        if scheme == "sqlite" and not Path(file).is_file():
-            raise UserError(f"{redact(url)}: no such file: check the path (sqlite:///relative or sqlite:////absolute)")
-        return RDBStorage(with_driver(url), skip_table_creation=True)
-    except UserError:
-        raise
-    except Exception as error:  # of SQLAlchemy and of every database driver
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{redact(url)}: cannot be opened as a study ({redact(first)[:200]})") from None
+    if scheme == "sqlite" and not Path(rest.removeprefix("/")).is_file():
+        raise UserError(f"{redact(url)}: no such file: check the path (sqlite:///relative or sqlite:////absolute)")
+    return RDBStorage(with_driver(url), skip_table_creation=True)
 
 
 def _journal(path: Path) -> Any:

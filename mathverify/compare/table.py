@@ -13,11 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from mathverify import scoring
-from mathverify.compare.reading import Comparison, RunView, State
-from mathverify.compare.seeds import Configuration, short_names, value_text
+from mathverify.compare.power import Needs
+from mathverify.compare.reading import Comparison, RunView, State, varying_keys
+from mathverify.compare.seeds import ASIDE, Configuration, short_names, value_text
 from mathverify.compare.verdict import By, Verdict, Versus
-from mathverify.compare.wording import p_text, signed
+from mathverify.compare.wording import p_text, rounded, signed
 from mathverify.errors import UserError
 from mathverify.files import write_atomic
 from mathverify.printable import printable
@@ -64,7 +67,8 @@ class Table:
     def width(self) -> int:
         """Characters a row takes with two spaces between columns."""
         widths = [
-            max([len(column.title), *(len(row[i].text) for row in self.rows)]) for i, column in enumerate(self.columns)
+            max([cell_len(column.title), *(cell_len(row[i].text) for row in self.rows)])
+            for i, column in enumerate(self.columns)
         ]
         return sum(widths) + 2 * (len(widths) - 1)
 
@@ -98,12 +102,12 @@ def tables(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Table]:
         runs = [r for r in comparison.runs if (r.test_set or "unknown") == verdict.test_set or not several]
         shown.update(runs)
         if verdict.by is By.configuration:
-            made.append(_configuration_table(verdict, f"configurations ({about})", comparison.varying))
+            made.append(configuration_table(verdict, f"configurations ({about})"))
         if verdict.versus:
-            made.append(_versus_table(verdict))
-        made.append(_run_table(runs, verdict, f"runs ({about})", comparison.varying))
+            made.append(versus_table(verdict))
+        made.append(run_table(runs, verdict, f"runs ({about})"))
     if rest := [run for run in comparison.runs if run not in shown]:
-        made.append(_run_table(rest, None, "runs without a test result", comparison.varying))
+        made.append(run_table(rest, None, "runs without a test result"))
     return made
 
 
@@ -118,8 +122,9 @@ def in_order(runs: Sequence[RunView]) -> list[RunView]:
     return sorted(runs, key=key)
 
 
-def _run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str, varying: Sequence[str]) -> Table:
-    ordered = in_order(runs)
+def run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str) -> Table:
+    """Runs, best first. verdict: of their test set, for the confidence of intervals."""
+    ordered, varying = in_order(runs), varying_keys(runs)
     numbers = {run: number for number, run in enumerate(ordered, 1)}
     columns = [
         Column("#", "number"),
@@ -156,9 +161,12 @@ def _run_table(runs: Sequence[RunView], verdict: Verdict | None, title: str, var
     return Table(title, columns, rows)
 
 
-def _configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) -> Table:
-    keys = [key for key in varying if key != "seed"]
+def configuration_table(verdict: Verdict, title: str) -> Table:
+    """Settings with mean and spread over their seeds, best first."""
+    runs = [run for entry in verdict.entries for run in entry.runs]
+    keys = [key for key in varying_keys(runs) if not key.startswith(ASIDE)]
     columns = [
+        Column("#", "number"),
         *(Column(printable(name), "settings") for name in short_names(keys).values()),
         Column("seeds", "quality"),
         Column("mean accuracy", "quality", right=False),
@@ -172,10 +180,11 @@ def _configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) -
         Column("parameters", "cost"),
     ]
     rows = []
-    for entry in verdict.entries:
+    for number, entry in enumerate(verdict.entries, 1):
         low, high = verdict.intervals.get(entry, (None, None))
         seconds = [run.seconds for run in entry.runs if run.seconds is not None]
         rows.append([
+            Cell(str(number)),
             *(_setting(entry.params, key) for key in keys),
             Cell(str(len(entry.runs))),
             Cell(_share(Interval(entry.mean, low, high, "crossed analysis of variance"))),
@@ -191,7 +200,8 @@ def _configuration_table(verdict: Verdict, title: str, varying: Sequence[str]) -
     return Table(title, columns, rows)
 
 
-def _versus_table(verdict: Verdict) -> Table:
+def versus_table(verdict: Verdict) -> Table:
+    """Every other against the reference: difference with interval, p, and what would settle a tie."""
     assert verdict.reference is not None
     what = "the baseline" if verdict.is_baseline else f"the best on {verdict.chosen_on}"
     columns = [
@@ -209,16 +219,27 @@ def _versus_table(verdict: Verdict) -> Table:
         needs = versus.needs
         discordant = [Cell(_plain(n, "{:,}")) for n in (versus.only_other, versus.only_reference)]
         rows.append([
-            Cell(printable(versus.other.label), foreign=True),
+            Cell(printable(verdict.name(versus.other)), foreign=True),
             Cell(_points(versus)),
             Cell(p_text(versus.p).removeprefix("p ").removeprefix("= ")),
             Cell(p_text(versus.corrected).removeprefix("p ").removeprefix("= ")),
             *(discordant if verdict.by is By.run else []),
             Cell(versus.outcome.value),
-            Cell(_plain(None if needs is None else needs.rows, "{:,}")),
-            *([Cell(_plain(None if needs is None else needs.seeds, "{:,}"))] if verdict.by is By.configuration else []),
+            Cell(_needed(needs, 0)),
+            *([Cell(_needed(needs, 1))] if verdict.by is By.configuration else []),
         ])  # fmt: skip
-    return Table(f"against {what}: {printable(verdict.reference.label)}", columns, rows, "what would settle ties")
+    title = f"against {what}: {printable(verdict.name(verdict.reference))}"
+    return Table(title, columns, rows, rest="what would settle ties")
+
+
+def _needed(needs: Needs | None, place: int) -> str:
+    """Rows (place 0) or seeds (1) that would settle it; 'both: n' where it takes both together."""
+    if needs is None:
+        return NONE
+    if needs.both is not None:
+        return f"both: {rounded(needs.both[place])}"
+    number = (needs.rows, needs.seeds)[place]
+    return NONE if number is None else rounded(number)
 
 
 def metrics_at(run: RunView, confidence: float | None) -> Metrics | None:
@@ -361,8 +382,13 @@ def _flat_value(value: Any) -> Any:
 
 def as_markdown(comparison: Comparison, verdicts: Sequence[Verdict]) -> str:
     """GitHub's tables, one after another with their titles."""
+    return markdown(tables(comparison, verdicts))
+
+
+def markdown(several: Sequence[Table]) -> str:
+    """These tables in Markdown."""
     parts = []
-    for table in tables(comparison, verdicts):
+    for table in several:
         lines = [
             f"**{_markdown(table.title)}**", "",
             _piped([_markdown(column.title) for column in table.columns]),

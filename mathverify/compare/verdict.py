@@ -15,9 +15,12 @@ from enum import Enum
 from mathverify.compare.matrix import RightTable, per_question, right_table
 from mathverify.compare.paired import compare_runs, holm
 from mathverify.compare.power import Needs, needs_of_runs, needs_of_seeded
-from mathverify.compare.reading import Comparison, RunView, State
-from mathverify.compare.seeds import Configuration, compare_configurations, configurations, mean_interval
+from mathverify.compare.reading import Comparison, RunView, State, varying_keys
+from mathverify.compare.seeds import Configuration, compare_configurations, configurations, mean_interval, spelt
 from mathverify.scoring import Interval
+
+LONGEST_NAME = 48
+"""Characters of settings that may stand for an entry in a sentence."""
 
 
 class By(Enum):
@@ -96,6 +99,15 @@ class Verdict:
     missing: dict[RunView, str] = field(default_factory=dict)
     intervals: dict[Configuration, tuple[float, float]] = field(default_factory=dict)
 
+    def name(self, entry: Configuration) -> str:
+        """What tells an entry from the others: its settings if these are short, else where it stands in its table."""
+        said = spelt(entry.params)
+        if said and len(said) <= LONGEST_NAME:
+            return said
+        if self.by is By.run:
+            return f"run {entry.runs[0].label}"
+        return f"configuration #{self.entries.index(entry) + 1}" if len(self.entries) > 1 else "the one configuration"
+
     @property
     def winner(self) -> Configuration | None:
         """The contender if it is better than every other, and every other could be tested."""
@@ -171,9 +183,12 @@ def _level(runs: Sequence[RunView], by: By) -> By:
 
 
 def _entries(runs: Sequence[RunView], by: By) -> list[Configuration]:
-    if by is By.configuration:
-        return configurations(runs)
-    return [Configuration([run], dict(run.params)) for run in runs]
+    """What is compared, named by the settings that differ between these runs."""
+    entries = configurations(runs) if by is By.configuration else [Configuration([r], dict(r.params)) for r in runs]
+    varying = varying_keys(runs)
+    for entry in entries:
+        entry.params = {key: value for key, value in entry.params.items() if key in varying}
+    return entries
 
 
 def _why_untested(entry: Configuration, table: RightTable, by: By) -> str:
@@ -298,6 +313,8 @@ def training_notes(runs: Sequence[RunView]) -> list[str]:
             f"equal examples ({_count(examples)}) but unequal steps: {_count(steps)}, bigger batches taking fewer, so "
             "part of a difference may be more updates; train.max_steps=N holds steps equal"
         )
+    if len({run.ground for run in runs}) > 1:
+        notes.append("runs differ in the rows or prompts they were trained on, or in the base (data, prompt, model)")
     devices = {run.device for run in runs}
     if len(devices) > 1:
         notes.append("runs were made on different devices: their seconds and tokens/s are no comparison of settings")

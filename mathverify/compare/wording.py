@@ -18,7 +18,8 @@ def sentences(verdict: Verdict) -> list[str]:
     said += _untested(verdict)
     if settling := _settling(verdict):
         said.append(settling)
-    if (chosen := verdict.selection) is not None and verdict.chosen_on == "validation":
+    chosen = verdict.selection
+    if chosen is not None and chosen.candidates > 1 and verdict.chosen_on == "validation":
         said.append(
             f"selection: the best of {chosen.candidates} on validation, {chosen.validation:.1%} there and "
             f"{chosen.test:.1%} on test: optimism {points(chosen.optimism)}{_interval(chosen)}"
@@ -31,11 +32,18 @@ def sentences(verdict: Verdict) -> list[str]:
     return [*said, *(f"note: {note}" for note in verdict.notes)]
 
 
+def all_sentences(verdicts: Sequence[Verdict]) -> list[str]:
+    """Those of every test set; where there are several, each after its number."""
+    if len(verdicts) == 1:
+        return sentences(verdicts[0])
+    return [f"test set {number}: {said}" for number, v in enumerate(verdicts, 1) for said in sentences(v)]
+
+
 def _contender(verdict: Verdict) -> str:
     reference = verdict.reference
     if reference is None:
         return "no verdict: no runs that can be compared"
-    name = f"{reference.label} ({_accuracy(reference)})"
+    name = f"{verdict.name(reference)} ({_accuracy(reference)})"
     if not verdict.versus:
         if len(verdict.entries) > 1:
             return f"no verdict: {name} has nothing it could be tested against"
@@ -43,18 +51,19 @@ def _contender(verdict: Verdict) -> str:
     better = [versus for versus in verdict.versus if versus.outcome is Outcome.better]
     if better:
         return (
-            f"no winner: {name} is the best on {verdict.chosen_on}, but on test {_named(better)} "
-            f"{'is' if len(better) == 1 else 'are'} better: {_one(better[0])}"
+            f"no winner: {name} is the best on {verdict.chosen_on}, but on test {_named(better, verdict)} "
+            f"{'is' if len(better) == 1 else 'are'} better: {_one(better[0], verdict)}"
         )
     if verdict.ties:
         others = "the other" if len(verdict.versus) == 1 else f"{len(verdict.ties)} of {len(verdict.versus)} others"
-        return f"no winner: {name} is the best on {verdict.chosen_on}, but a tie with {others}: {_listed(verdict.ties)}"
+        ties = _listed(verdict.ties, verdict)
+        return f"no winner: {name} is the best on {verdict.chosen_on}, but a tie with {others}: {ties}"
     closest = max(verdict.versus, key=lambda versus: versus.difference)
     count = len(verdict.versus)
     others = f"each of the {count} others, closest" if count > 1 else "the other,"
     if verdict.winner is None:
-        return f"no winner: {name} is better than {others} {_one(closest)}, but not all could be tested"
-    return f"winner: {name} is better than {others} {_one(closest)}"
+        return f"no winner: {name} is better than {others} {_one(closest, verdict)}, but not all could be tested"
+    return f"winner: {name} is better than {others} {_one(closest, verdict)}"
 
 
 def _baseline(verdict: Verdict) -> str:
@@ -63,15 +72,15 @@ def _baseline(verdict: Verdict) -> str:
     for outcome, words in ((Outcome.better, "better"), (Outcome.tie, "tied"), (Outcome.worse, "worse")):
         found = [versus for versus in verdict.versus if versus.outcome is outcome]
         if found:
-            parts.append(f"{words}: {_listed(found)}")
-    start = f"against the baseline {verdict.reference.label} ({_accuracy(verdict.reference)})"
+            parts.append(f"{words}: {_listed(found, verdict)}")
+    start = f"against the baseline {verdict.name(verdict.reference)} ({_accuracy(verdict.reference)})"
     return f"{start}: {'; '.join(parts) or 'nothing could be tested'}"
 
 
 def _untested(verdict: Verdict) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for entry, why in verdict.untested.items():
-        reasons.setdefault(why, []).append(entry.label)
+        reasons.setdefault(why, []).append(verdict.name(entry))
     return [f"not tested ({why}): {_some(labels)}" for why, labels in reasons.items()]
 
 
@@ -84,7 +93,7 @@ def _settling(verdict: Verdict) -> str:
     if not seen:
         return "to settle: no difference was seen, so no number of rows or seeds can be named"
     hardest = min(seen, key=lambda versus: abs(versus.difference))
-    start = f"to settle a difference of {points(abs(hardest.difference), sign=False)} ({hardest.other.label})"
+    start = f"to settle a difference of {points(abs(hardest.difference), sign=False)} ({verdict.name(hardest.other)})"
     return f"{start}: {needs_text(hardest.needs, verdict)}"
 
 
@@ -98,10 +107,15 @@ def needs_text(needs: Needs | None, verdict: Verdict) -> str:
     if needs.seeds is not None:
         now = min(len(entry.runs) for entry in verdict.entries if entry not in verdict.untested)
         ways.append(f"about {rounded(needs.seeds)} seeds each (now {now:,})")
+    if needs.both is not None:
+        rows, seeds = needs.both
+        ways.append(f"about {rounded(rows)} test rows and {rounded(seeds)} seeds each together; neither alone does it")
     if not ways:
-        return "out of reach with rows or seeds alone"
-    alone = "; more rows alone do not do it" if verdict.by is By.configuration and needs.rows is None else ""
-    alone = "; more seeds alone do not do it" if verdict.by is By.configuration and needs.seeds is None else alone
+        return "out of reach"
+    alone = ""
+    if verdict.by is By.configuration and needs.both is None:
+        alone = "; more rows alone do not do it" if needs.rows is None else alone
+        alone = "; more seeds alone do not do it" if needs.seeds is None else alone
     return f"{' or '.join(ways)}, for {needs.power:.0%} power{alone}"
 
 
@@ -130,22 +144,22 @@ def _accuracy(entry: Configuration) -> str:
     return f"{entry.mean:.1%} on test{over}"
 
 
-def _one(versus: Versus) -> str:
-    return f"{versus.other.label} ({points(versus.difference)}{_interval(versus)}, {p_text(versus.corrected)})"
+def _one(versus: Versus, verdict: Verdict) -> str:
+    return f"{verdict.name(versus.other)} ({points(versus.difference)}{_interval(versus)}, {p_text(versus.corrected)})"
 
 
 def _interval(found: Versus | Selection) -> str:
     return "" if found.low is None or found.high is None else f" [{signed(found.low)}, {signed(found.high)}]"
 
 
-def _listed(found: Sequence[Versus]) -> str:
+def _listed(found: Sequence[Versus], verdict: Verdict) -> str:
     ordered = sorted(found, key=lambda versus: -versus.difference)
     more = f", and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    return ", ".join(_one(versus) for versus in ordered[:LISTED]) + more
+    return ", ".join(_one(versus, verdict) for versus in ordered[:LISTED]) + more
 
 
-def _named(found: Sequence[Versus]) -> str:
-    return _some([versus.other.label for versus in sorted(found, key=lambda versus: -versus.difference)])
+def _named(found: Sequence[Versus], verdict: Verdict) -> str:
+    return _some([verdict.name(versus.other) for versus in sorted(found, key=lambda versus: -versus.difference)])
 
 
 def _some(labels: Sequence[str]) -> str:

@@ -58,6 +58,46 @@ def packed_attention(
     return attend(q, k, v, packed, scaling)[None], None
 
 
+class Attended:
+    """Attention of a packed pass together with its way back, outside of autograd.
+
+    out: the query's shape. Arguments as `attend` takes them.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: PassLayout,
+        scaling: float,
+        last_only: bool,
+        training: bool,
+    ) -> None:
+        self._heads = query, key, value
+        self._packed, self._scaling = packed, scaling
+        self._lse: torch.Tensor | None = None
+        size = query.shape[-1]
+        if query.is_cuda and query.element_size() == 2 and not last_only and 16 <= size <= 128:
+            from mathverify.engine import triton_attention
+
+            self.out, self._lse = triton_attention.forward(query, key, value, packed, scaling)
+            return
+        self._heads = tuple(t.detach().requires_grad_(training) for t in self._heads)  # type: ignore[assignment]
+        with torch.set_grad_enabled(training):
+            self._graph = attend(*self._heads, packed=packed, scaling=scaling, last_only=last_only)
+        self.out = self._graph.detach()
+
+    def grads(self, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of query, key and value from that of `out`: one tensor with all heads side by side where they all
+        have the same rows anyway and a kernel made it so, else three."""
+        if self._lse is not None:
+            from mathverify.engine import triton_attention
+
+            return (triton_attention.backward(grad, *self._heads, self.out, self._lse, self._packed, self._scaling),)
+        return torch.autograd.grad(self._graph, self._heads, grad)
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -88,8 +128,7 @@ def _varlen(
     extra = _varlen_options()
     if "enable_gqa" in extra:
         extra["enable_gqa"] = k.shape[1] != q.shape[1]
-    elif k.shape[1] != q.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    # Without that option torch's kernel shares heads all the same (2.11; tests/engine/test_gpu.py).
     starts, longest = (packed.one_each, 1) if last_only else (packed.starts, packed.longest)
     # Causal rows are aligned at the end of the keys, so a segment's only query sees all of them.
     out = varlen_attn(q, k, v, starts, packed.starts, longest, packed.longest, scale=scaling, **extra)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mathverify.engine import elementwise as ew
-from mathverify.engine.attention import attend
+from mathverify.engine.attention import Attended
 from mathverify.engine.dropout import PassDropout
 from mathverify.engine.frozen import FrozenGroup
 from mathverify.engine.layout import PassLayout, Rows
@@ -84,8 +84,12 @@ class Group:
         grad_low = products.grad_up(grad, low, rows)
         if not wants_x:
             return Upward(None, grad_low, products, rows, on)
-        share = products.spread(grad_low, self.frozen.in_features, rows, on.dropout(rows))
-        return Upward(self.frozen.grad(grad, share), grad_low, products, rows, on)
+        width, dropout = self.frozen.in_features, on.dropout(rows)
+        if self.frozen.is_fp8:
+            x_grad = products.spread(grad_low, width, rows, dropout, into=self.frozen.grad(grad))
+        else:
+            x_grad = self.frozen.grad(grad, into=products.spread(grad_low, width, rows, dropout))
+        return Upward(x_grad, grad_low, products, rows, on)
 
 
 @dataclass
@@ -128,13 +132,12 @@ class PassContext:
 class _Saved:
     """What a layer's backward reads. total: the residual stream at its start; middle: the same behind attention.
 
-    heads, attended: the ends of attention's own small graph. Only `total` is there when activations are recomputed.
+    Only `total` is there when activations are recomputed.
     """
 
     total: Tensor
     scale: Tensor | None = None
-    heads: tuple[Tensor, Tensor, Tensor] | None = None
-    attended: Tensor | None = None
+    attended: Attended | None = None
     lows: tuple[Tensor | None, ...] = ()
     middle: Tensor | None = None
     middle_scale: Tensor | None = None
@@ -169,22 +172,19 @@ class Layer:
         last_only = self.is_last and on.last_only
         rows = on.layout.segment_rows if last_only else on.layout.token_rows
         heads, lows = self._heads(x, on, last_only)
-        with torch.set_grad_enabled(on.training):
-            attended = attend(*heads, packed=on.layout, scaling=self.scaling, last_only=last_only)
-        y, low_out = self.out.forward(attended.detach().flatten(1), rows, on)
+        attended = Attended(*heads, on.layout, self.scaling, last_only, on.training)
+        y, low_out = self.out.forward(attended.out.flatten(1), rows, on)
         start = total[on.layout.last] if last_only else total
         middle, x, middle_scale = ew.add_norm(start, y, *_norm(self.middle_norm))
         gate_up, low_gate_up = self.gate_up.forward(x, rows, on)
         y, low_down = self.down.forward(ew.swiglu(gate_up), rows, on)
-        saved = _Saved(
-            total, scale, heads, attended, (*lows, low_out, low_gate_up, low_down), middle, middle_scale, gate_up
-        )
+        saved = _Saved(total, scale, attended, (*lows, low_out, low_gate_up, low_down), middle, middle_scale, gate_up)
         return middle, y, saved
 
     def _heads(
         self, x: Tensor, on: PassContext, last_only: bool
     ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]]:
-        """Rotated query and key, and value: [rows, heads, size], leaves of attention's graph."""
+        """Rotated query and key, and value: [rows, heads, size]."""
         sizes = [self.queries, self.keys, self.keys]
         if self.is_last:
             last = on.layout.last
@@ -202,7 +202,6 @@ class Layer:
             ew.rotate(whole[:, : self.queries + self.keys], on.cos, on.sin)
             query, key, value = whole.split(sizes, dim=1)
             lows = [low]
-        query, key, value = (t.detach().requires_grad_(on.training) for t in (query, key, value))
         return (query, key, value), lows
 
     # Backward
@@ -215,7 +214,7 @@ class Layer:
         if saved.middle is None:  # recomputed rather than kept
             _, _, saved = self.forward(saved.total, None, on)
         assert saved.middle is not None and saved.middle_scale is not None
-        assert saved.gate_up is not None and saved.attended is not None and saved.heads is not None
+        assert saved.gate_up is not None and saved.attended is not None
         last_only = self.is_last and on.last_only
         rows = on.layout.segment_rows if last_only else on.layout.token_rows
         *lows, low_out, low_gate_up, low_down = saved.lows
@@ -229,8 +228,8 @@ class Layer:
         ew.norm_grad(x_grad, saved.middle, saved.middle_scale, _norm(self.middle_norm)[0], grad)
         way.finish(x_grad)  # which is the normalised rows now
         way = self.out.grad(grad, low_out, rows, on)
-        way.finish(saved.attended.detach().flatten(1))
-        head_grads = torch.autograd.grad(saved.attended, saved.heads, way.x_grad.view_as(saved.attended))
+        way.finish(saved.attended.out.flatten(1))
+        head_grads = saved.attended.grads(way.x_grad.view_as(saved.attended.out))
         if last_only:
             grad = torch.zeros_like(saved.total).index_copy_(0, on.layout.last, grad)
         ways = self._heads_back(head_grads, lows, on, last_only)
@@ -243,12 +242,15 @@ class Layer:
         """From gradients of rotated heads back through the products that made them."""
         token_rows, wants_x = on.layout.token_rows, not self.is_first
         if not self.is_last:
-            whole = torch.cat(list(grads), dim=1)
+            whole = grads[0] if len(grads) == 1 else torch.cat(list(grads), dim=1)
             ew.rotate(whole[:, : self.queries + self.keys], on.cos, on.sin, inverse=True)
             return [self.inputs[0].grad(whole.flatten(1), lows[0], token_rows, on, wants_x)]
         last = on.layout.last
         rows = on.layout.segment_rows if last_only else token_rows
-        query, both = grads[0].contiguous(), torch.cat(list(grads[1:]), dim=1)
+        if len(grads) == 1:
+            query, both = (t.contiguous() for t in grads[0].split([self.queries, 2 * self.keys], dim=1))
+        else:
+            query, both = grads[0].contiguous(), torch.cat(list(grads[1:]), dim=1)
         ew.rotate(query, *((on.cos[last], on.sin[last]) if last_only else (on.cos, on.sin)), inverse=True)
         ew.rotate(both[:, : self.keys], on.cos, on.sin, inverse=True)
         return [

@@ -41,7 +41,7 @@ def score(
     work = [(slot, row) for slot in range(len(adapters)) for row in range(len(store))]
     scores = np.full((len(adapters), len(store)), np.nan)
     lengths = [int(store.lengths[row]) for _, row in work]
-    left = cut(lengths, budget.tokens)
+    left = _passes(lengths, len(adapters), budget.tokens)
     ready = model.ready(adapters)
     while left:
         part = [work[i] for i in left[0]]
@@ -57,6 +57,18 @@ def score(
         if progress is not None:
             progress(sum(int(store.lengths[row]) for _, row in part))
     return scores
+
+
+def _passes(lengths: list[int], adapters: int, budget: int) -> list[list[int]]:
+    """Adapters share passes if the rows do not fill one; else each has passes of its own, the very ones it has alone.
+
+    lengths: of all adapters' rows, adapter after adapter. Returns indices into them, pass by pass.
+    """
+    rows = len(lengths) // adapters
+    if sum(lengths[:rows]) < budget:
+        return cut(lengths, budget)
+    own = cut(lengths[:rows], budget)
+    return [[slot * rows + i for i in indices] for slot in range(adapters) for indices in own]
 
 
 def _recut(rest: list[int], lengths: list[int], budget: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""The low-rank products of many adapters as grouped GEMMs: one launch for all of them (CUDA, bf16).
+"""The low-rank products of many adapters in few launches: every kernel runs over all adapters' rows (CUDA, bf16).
 
-Adapters of one pass may differ in rank and in what they target; their weights are copied into stacks padded with zeros
-to the largest rank (a multiple of 8, as torch's grouped_mm wants 16-byte rows); gradients are added back from there.
+Adapters of one pass may differ in rank and in what they target. Their weights are copied into stacks padded with zeros
+to the largest rank (a multiple of 8: rows of 16 bytes); gradients go straight into the adapters' own float32 tensors.
 """
 
 from __future__ import annotations
@@ -10,157 +10,172 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
+from mathverify.engine import triton_kernels
 from mathverify.engine.dropout import PassDropout, linear_key
 from mathverify.engine.layout import Rows
 from mathverify.engine.lora import Adapter
+
+TILE = 128
+"""Rows of one tile; a tile never spans two adapters."""
 
 
 def pack_rows(flats: Tensor, table: Tensor, stack: Tensor) -> None:
     """Copy one matrix of each adapter into a stack, with zeros where an adapter has nothing.
 
     Args:
-        flats: int64 [groups], addresses of the adapters' float32 tensors. table: int64 [4, groups]: offset in that
-            tensor, rows, columns and row stride of each one's matrix. stack: [groups, rows, columns], contiguous.
+        flats: int64 [groups], addresses of the adapters' float32 tensors. table: int64 [3, groups]: offset in that
+            tensor, rows and columns of each one's matrix. stack: [groups, rows, columns], contiguous.
     """
-    from mathverify.engine import triton_kernels
-
     triton_kernels.pack_rows(flats, table, stack)
 
 
-def add_rows(flats: Tensor, table: Tensor, stack: Tensor) -> None:
-    """Add a stack's matrices to the adapters' float32 tensors; the inverse of `pack_rows`."""
-    from mathverify.engine import triton_kernels
+def rows_times(
+    x: Tensor, stack: Tensor, out: Tensor, rows: Rows, scales: Tensor | None = None, add: bool = False
+) -> None:
+    """out[i] (+)= scale_g x[i] stack[g] for every row i of every adapter g; rows of no adapter are left alone.
 
-    triton_kernels.add_rows(flats, table, stack)
+    Args:
+        x: [rows, inner]. stack: [groups, inner, width]. out: [rows, width]. All with any strides between rows.
+        scales: float32 [groups], 1 if None. add: add to `out` instead of writing it.
+    """
+    triton_kernels.rows_times(x, stack, out, rows.tiles(TILE), TILE, scales, add)
 
 
 class GroupedWeights:
     """See products.LoopWeights; stacks are made once for all passes that share them."""
 
     def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype, device: torch.device) -> None:
-        self.adapters, self.dtype, self.device = adapters, dtype, device
-        self.rank = max((a.lora.rank + 7) // 8 * 8 for a in adapters if a is not None)
-        address = [0 if a is None else a.flat.data_ptr() for a in adapters]
-        grads = [0 if a is None else a.grad.data_ptr() for a in adapters]
-        self.flats, self.grads = (torch.tensor(t, dtype=torch.int64, device=device) for t in (address, grads))
-        self.scales = [1.0 if a is None else a.lora.scale for a in adapters]
+        # Products know the adapters, not this: in a cycle they would outlive their round, gigabytes of them.
+        self._adapters = _Adapters(adapters, dtype, device)
         self._made: dict[tuple[str, ...], GroupedProducts | None] = {}
 
     def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> GroupedProducts | None:
         if names not in self._made:
-            some = any(a is not None and name in a.pairs for a in self.adapters for name in names)
-            self._made[names] = GroupedProducts(self, names, outs) if some else None
+            some = any(a is not None for name in names for a in self._adapters.owners(name))
+            self._made[names] = GroupedProducts(self._adapters, names, outs) if some else None
         return self._made[names]
 
-    def table(self, name: str, letter: int) -> Tensor:
-        """int64 [4, groups] of A (letter 0) or B (letter 1) of a linear, as `pack_rows` takes it."""
-        columns = []
-        for adapter in self.adapters:
-            if adapter is None or name not in adapter.pairs:
-                columns.append((0, 0, 0, 0))
-                continue
-            rows, width = adapter.pairs[name][letter].shape
-            columns.append((adapter.places[name][letter], rows, width, width))
-        return torch.tensor(columns, dtype=torch.int64).t().contiguous().to(self.device, non_blocking=True)
+
+class _Adapters:
+    """The adapters of a pass by slot, as kernels find them: addresses of their tensors, scales, stacks of matrices."""
+
+    def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype, device: torch.device) -> None:
+        self.adapters, self.dtype, self.device = adapters, dtype, device
+        self.rank = max((a.lora.rank + 7) // 8 * 8 for a in adapters if a is not None)
+        self.flats = self.tensor([0 if a is None else a.flat.data_ptr() for a in adapters])
+        self.grads = self.tensor([0 if a is None else a.grad.data_ptr() for a in adapters])
+        scales = [1.0 if a is None else a.lora.scale for a in adapters]
+        self.scales = None if set(scales) == {1.0} else torch.tensor(scales, device=device)
+
+    def tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def owners(self, name: str) -> list[Adapter | None]:
+        """The adapters by slot, None for those that do not target this linear."""
+        return [a if a is not None and name in a.pairs else None for a in self.adapters]
+
+    def stack(self, name: str, letter: int, rows: int, columns: int) -> Tensor:
+        """A (letter 0) or B (letter 1) of a linear, all adapters': [groups, rows, columns]."""
+        owners = self.owners(name)
+        shapes = [(0, 0) if a is None else tuple(a.pairs[name][letter].shape) for a in owners]
+        offsets = [0 if a is None else a.places[name][letter] for a in owners]
+        table = self.tensor([offsets, [s[0] for s in shapes], [s[1] for s in shapes]])
+        stack = torch.empty(len(owners), rows, columns, dtype=self.dtype, device=self.device)
+        pack_rows(self.flats, table, stack)
+        return stack
 
 
 class GroupedProducts:
     """See products.Products. a: [groups, members x rank, in]. b: per member [groups, out, rank]."""
 
-    def __init__(self, weights: GroupedWeights, names: tuple[str, ...], outs: tuple[int, ...]) -> None:
-        self._w, self._names, self._outs = weights, names, outs
-        groups, rank = len(weights.adapters), weights.rank
+    def __init__(self, weights: _Adapters, names: tuple[str, ...], outs: tuple[int, ...]) -> None:
+        self._w, self._names, self._outs, self._rank = weights, names, outs, weights.rank
         width = next(a.shapes[n][0] for a in weights.adapters for n in names if a is not None and n in a.pairs)
-        self._a_tables = [weights.table(name, 0) for name in names]
-        self._b_tables = [weights.table(name, 1) for name in names]
-        stacks = [torch.empty(groups, rank, width, dtype=weights.dtype, device=weights.device) for _ in names]
-        for table, stack in zip(self._a_tables, stacks, strict=True):
-            pack_rows(weights.flats, table, stack)
+        stacks = [weights.stack(name, 0, self._rank, width) for name in names]
         self._a = stacks[0] if len(names) == 1 else torch.cat(stacks, dim=1)
-        self._b = []
-        for table, out in zip(self._b_tables, outs, strict=True):
-            stack = torch.empty(groups, out, rank, dtype=weights.dtype, device=weights.device)
-            pack_rows(weights.flats, table, stack)
-            self._b.append(stack)
+        self._b = [weights.stack(name, 1, out, self._rank) for name, out in zip(names, outs, strict=True)]
+        owners = [weights.owners(name) for name in names]
+        self._ranks = weights.tensor([[0 if a is None else a.lora.rank for a in own] for own in owners])
+        self._places = [
+            weights.tensor([[0 if a is None else a.places[n][letter] for a in own] for n, own in self._named(owners)])
+            for letter in (0, 1)
+        ]
 
-    def _ranks(self, member: int) -> slice:
-        return slice(member * self._w.rank, (member + 1) * self._w.rank)
+    def _named(self, owners: list[list[Adapter | None]]) -> list[tuple[str, list[Adapter | None]]]:
+        return list(zip(self._names, owners, strict=True))
+
+    def _low(self, member: int) -> slice:
+        return slice(member * self._rank, (member + 1) * self._rank)
 
     def _columns(self, member: int) -> slice:
         start = sum(self._outs[:member])
         return slice(start, start + self._outs[member])
 
     def down(self, x: Tensor, rows: Rows, dropout: PassDropout | None) -> Tensor:
-        low = x.new_empty(len(x), len(self._names) * self._w.rank)
-        first, ends = rows.first, rows.ends(len(self._w.adapters))
-        low[:first].zero_()
+        low = x.new_empty(len(x), len(self._names) * self._rank)
+        low[: rows.first].zero_()
         if dropout is None:
-            low[first:] = grouped_mm(x[first:], self._a.transpose(1, 2), offs=ends)
-        else:
-            span = slice(first, len(x))
-            for member, name in enumerate(self._names):
-                dropped = dropout.apply(x[span], span, linear_key(name))
-                low[first:, self._ranks(member)] = grouped_mm(
-                    dropped, self._a[:, self._ranks(member)].transpose(1, 2), offs=ends
-                )
-        self._scale(low, rows)
+            rows_times(x, self._a.transpose(1, 2), low, rows, self._w.scales)
+            return low
+        for member, name in enumerate(self._names):
+            dropped = dropout.apply(x, slice(None), linear_key(name))
+            own = self._a[:, self._low(member)].transpose(1, 2)
+            rows_times(dropped, own, low[:, self._low(member)], rows, self._w.scales)
         return low
 
     def up(self, y: Tensor, low: Tensor, rows: Rows, fresh: bool) -> None:
-        first, ends = rows.first, rows.ends(len(self._w.adapters))
         if fresh:
-            y[:first].zero_()
+            y[: rows.first].zero_()
         for member, b in enumerate(self._b):
-            own = grouped_mm(low[first:, self._ranks(member)], b.transpose(1, 2), offs=ends)
-            place = y[first:, self._columns(member)]
-            place.copy_(own) if fresh else place.add_(own)
+            own, place = low[:, self._low(member)], y[:, self._columns(member)]
+            rows_times(own, b.transpose(1, 2), place, rows, add=not fresh)
 
     def grad_up(self, grad: Tensor, low: Tensor, rows: Rows) -> Tensor:
-        first, ends = rows.first, rows.ends(len(self._w.adapters))
         grad_low = torch.empty_like(low)
-        for member, (b, table) in enumerate(zip(self._b, self._b_tables, strict=True)):
-            own = grad[first:, self._columns(member)]
-            grad_low[first:, self._ranks(member)] = grouped_mm(own, b, offs=ends)
-            found = grouped_mm(own.t(), low[first:, self._ranks(member)], offs=ends)
-            add_rows(self._w.grads, self._present(table, rows), found)
-        self._scale(grad_low, rows)
+        for member, b in enumerate(self._b):
+            own = grad[:, self._columns(member)]
+            rows_times(own, b, grad_low[:, self._low(member)], rows, self._w.scales)
+            self._add_grads(1, low[:, self._low(member)], own, member, rows)
         return grad_low
 
-    def spread(self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None) -> Tensor:
-        first, ends = rows.first, rows.ends(len(self._w.adapters))
+    def spread(
+        self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None, into: Tensor | None = None
+    ) -> Tensor:
+        out = grad_low.new_empty(len(grad_low), width) if into is None else into
+        if into is None:
+            out[: rows.first if dropout is None else len(out)].zero_()
         if dropout is None:
-            own = grouped_mm(grad_low[first:], self._a, offs=ends)
-            return own if first == 0 else torch.cat([own.new_zeros(first, width), own])
-        out = grad_low.new_zeros(len(grad_low), width)
-        span = slice(first, len(grad_low))
+            rows_times(grad_low, self._a, out, rows, add=into is not None)
+            return out
+        own = torch.zeros_like(out)
         for member, name in enumerate(self._names):
-            own = grouped_mm(grad_low[first:, self._ranks(member)], self._a[:, self._ranks(member)], offs=ends)
-            out[first:] += dropout.apply(own, span, linear_key(name))
+            rows_times(grad_low[:, self._low(member)], self._a[:, self._low(member)], own, rows)
+            out += dropout.apply(own, slice(None), linear_key(name))
         return out
 
     def grad_down(self, grad_low: Tensor, x: Tensor, rows: Rows, dropout: PassDropout | None) -> None:
-        first, ends = rows.first, rows.ends(len(self._w.adapters))
-        span = slice(first, len(x))
-        together = None if dropout is not None else grouped_mm(grad_low[first:].t(), x[first:], offs=ends)
-        for member, (name, table) in enumerate(zip(self._names, self._a_tables, strict=True)):
-            if together is None:
-                assert dropout is not None
-                dropped = dropout.apply(x[span], span, linear_key(name))
-                found = grouped_mm(grad_low[first:, self._ranks(member)].t(), dropped, offs=ends)
-            else:
-                found = together[:, self._ranks(member)]
-            add_rows(self._w.grads, self._present(table, rows), found)
+        if dropout is None:
+            self._add_grads(0, grad_low, x, None, rows)
+            return
+        for member, name in enumerate(self._names):
+            dropped = dropout.apply(x, slice(None), linear_key(name))
+            self._add_grads(0, grad_low[:, self._low(member)], dropped, member, rows)
 
-    def _scale(self, low: Tensor, rows: Rows) -> None:
-        if any(scale != 1.0 for scale in self._w.scales):
-            low[rows.first :].mul_(rows.per_row(self._w.scales)[rows.first :, None])
+    def _add_grads(self, letter: int, low: Tensor, wide: Tensor, member: int | None, rows: Rows) -> None:
+        """Add low^T wide (A: [rank, in]) or its transpose (B: [out, rank]) of every adapter to its gradient.
 
-    def _present(self, table: Tensor, rows: Rows) -> Tensor:
-        """The table without adapters that have no rows in this pass: their products hold nothing."""
-        if rows.has_all(len(self._w.adapters)):
-            return table
-        masked = table.clone()
-        masked[1] *= rows.present(len(self._w.adapters))
-        return masked
+        member: which linear's; None for all of the group, which then share `wide`.
+        """
+        chosen = slice(None) if member is None else slice(member, member + 1)
+        triton_kernels.columns_times(
+            low[rows.first :],
+            wide[rows.first :],
+            self._w.grads,
+            self._places[letter][chosen],
+            self._ranks[chosen],
+            rows.ends(len(self._w.adapters)),
+            self._rank,
+            wide.shape[1],
+            transposed=letter == 1,
+        )

@@ -44,6 +44,7 @@ class Rows:
     def __init__(self, spans: list[Span], device: torch.device) -> None:
         self.spans, self.device = spans, device
         self._ends: torch.Tensor | None = None
+        self._tiles: torch.Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -61,15 +62,18 @@ class Rows:
             self._ends = values.to(self.device, non_blocking=True)
         return self._ends
 
-    def has_all(self, slots: int) -> bool:
-        """Whether every adapter has rows here."""
-        return sum(span.slot is not None for span in self.spans) == slots
-
-    def present(self, slots: int) -> torch.Tensor:
-        """int64 [slots]: 1 for adapters with rows here, else 0."""
-        here = np.zeros(slots, dtype=np.int64)
-        here[[span.slot for span in self.spans if span.slot is not None]] = 1
-        return torch.from_numpy(here).to(self.device, non_blocking=True)
+    def tiles(self, size: int) -> torch.Tensor:
+        """int32 [tiles, 3]: slot, first row and end of tiles of at most `size` rows, each within one adapter."""
+        if self._tiles is None:
+            cut = [
+                (span.slot, start, min(start + size, span.end))
+                for span in self.spans
+                if span.slot is not None
+                for start in range(span.start, span.end, size)
+            ]
+            values = torch.tensor(cut, dtype=torch.int32)
+            self._tiles = values.to(self.device, non_blocking=True)
+        return self._tiles
 
     def per_row(self, values: Sequence[float]) -> torch.Tensor:
         """float32 [rows]: for each row the value of its adapter, 1 for rows of none."""
@@ -99,6 +103,7 @@ class PassLayout:
         self.tokens = int(self.offsets[-1])
         self.longest = int(lengths.max())
         self.spans = self._spans(self.offsets)
+        self._tiles: torch.Tensor | None = None
 
     def _spans(self, offsets: NDArray[np.int64]) -> list[Span]:
         spans: list[Span] = []
@@ -153,6 +158,15 @@ class PassLayout:
     def padded_mask(self) -> torch.Tensor:
         """bool [segments, longest]: which places of that grid hold a token."""
         return self._tensor(np.arange(self.longest)[None] < self.lengths[:, None], torch.bool)
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """int32 [tiles, 3]: its segment's first token, first token and segment's end of tiles of `size` tokens."""
+        if self._tiles is None:
+            counts = -(-self.lengths // size)
+            begins, ends = np.repeat(self.offsets[:-1], counts), np.repeat(self.offsets[1:], counts)
+            inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            self._tiles = self._tensor(np.stack([begins, begins + inside * size, ends], axis=1), torch.int32)
+        return self._tiles
 
     @cached_property
     def one_each(self) -> torch.Tensor:

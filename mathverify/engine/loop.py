@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,51 +11,64 @@ from mathverify.engine.trial import StepReport, Trial, TrialState
 
 
 class Watcher(Protocol):
-    """What the loop tells the outside. Each is called between rounds, never within one."""
+    """What the loop tells the outside. Each is called between rounds, never within one, and may set a trial's state."""
 
-    def stepped(self, trial: Trial, report: StepReport) -> None:
-        """After every optimizer step of a trial."""
+    def stepped(self, reports: Sequence[tuple[Trial, StepReport]], seconds: dict[Trial, float]) -> None:
+        """After every round.
+
+        Args:
+            reports: of the trials that made their step. seconds: the round's time, shared among all trials that were in
+                it by their tokens.
+        """
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
-        """Trials that are due for validation now, together so that they share passes. May set a trial's state."""
+        """Trials that are due for validation now, together so that they share passes."""
 
     def checkpoint(self, trial: Trial) -> None:
         """A trial that is due to be saved."""
 
-    def ended(self, trial: Trial) -> Trial | None:
-        """Once for each trial that finished, stopped or failed; may return a trial that takes its place."""
+    def ended(self, trials: Sequence[Trial]) -> Sequence[Trial]:
+        """Trials that finished, stopped or failed, each once, those of one round together.
+
+        Returns:
+            Trials that take the free places.
+        """
 
 
 def train(pack: Pack, watcher: Watcher, stop: Callable[[], bool] = lambda: False) -> None:
     """Run rounds until no trial is left running, or until `stop()` is true; then every running trial is saved."""
-    open_trials = list(pack.trials)
     while True:
-        _say_ended(pack, open_trials, watcher)
+        _say_ended(pack, watcher)
         if not pack.running:
             return
         if stop():
             for trial in pack.running:
                 watcher.checkpoint(trial)
             return
-        reports = pack.step()
-        for trial, report in reports:
-            watcher.stepped(trial, report)
-        trials = [trial for trial, _ in reports]
-        if due := [trial for trial in trials if _is_due(trial, trial.config.train.eval_every)]:
-            watcher.evaluate(due)
-        for trial in trials:
-            if _is_due(trial, trial.config.train.checkpoint_every):
-                watcher.checkpoint(trial)
+        _round(pack, watcher)
+
+
+def _round(pack: Pack, watcher: Watcher) -> None:
+    start = time.perf_counter()
+    reports = pack.step()
+    seconds = time.perf_counter() - start
+    watcher.stepped(reports, {trial: share * seconds for trial, share in pack.shares.items()})
+    trials = [trial for trial, _ in reports]
+    if due := [trial for trial in trials if _is_due(trial, trial.config.train.eval_every)]:
+        watcher.evaluate(due)
+    for trial in trials:
+        if _is_due(trial, trial.config.train.checkpoint_every):
+            watcher.checkpoint(trial)
 
 
 def _is_due(trial: Trial, every: int | None) -> bool:
     return trial.state is TrialState.running and every is not None and trial.step % every == 0
 
 
-def _say_ended(pack: Pack, open_trials: list[Trial], watcher: Watcher) -> None:
-    for trial in [t for t in open_trials if t.state is not TrialState.running]:
-        open_trials.remove(trial)
-        pack.trials.remove(trial)
-        if follower := watcher.ended(trial):
+def _say_ended(pack: Pack, watcher: Watcher) -> None:
+    """Until nobody in the pack has ended: a trial that takes a free place may have nothing left to do either."""
+    while ended := [trial for trial in pack.trials if trial.state is not TrialState.running]:
+        for trial in ended:
+            pack.remove(trial)
+        for follower in watcher.ended(ended):
             pack.add(follower)
-            open_trials.append(follower)

@@ -18,16 +18,23 @@ class Pack:
     """Trials in training. One call of `step` (a round) is one optimizer step of every running trial.
 
     After an out-of-memory the round is repeated with a smaller budget; since nothing random has a state, it is the
-    same round.
+    same round. shares: of the last round's tokens, by trial; trials that failed in it are among them.
     """
 
     def __init__(self, model: PackedModel, budget: TokenBudget) -> None:
         self.model = model
         self.budget = budget
         self.trials: list[Trial] = []
+        self.shares: dict[Trial, float] = {}
 
     def add(self, trial: Trial) -> None:
+        """A trial joins from the next round on."""
         self.trials.append(trial)
+
+    def remove(self, trial: Trial) -> None:
+        """A trial leaves; the others do not notice."""
+        self.trials.remove(trial)
+        self.shares.pop(trial, None)
 
     @property
     def running(self) -> list[Trial]:
@@ -43,9 +50,11 @@ class Pack:
         rounds = [trial.segments(slot) for slot, trial in enumerate(trials)]
         segments = [segment for own in rounds for segment in own]
         losses = self.budget.until_it_fits([len(s) for s in segments], lambda: self._passes(trials, segments))
+        tokens = [sum(len(segment) for segment in own) for own in rounds]
+        self.shares = {trial: count / sum(tokens) for trial, count in zip(trials, tokens, strict=True)}
         reports = []
-        for trial, own, loss in zip(trials, rounds, losses, strict=True):
-            report = trial.update(loss / trial.loss_scale, sum(len(segment) for segment in own))
+        for trial, count, loss in zip(trials, tokens, losses, strict=True):
+            report = trial.update(loss / trial.loss_scale, count)
             if report is not None:
                 reports.append((trial, report))
         return reports

@@ -36,8 +36,10 @@ class Products(Protocol):
     def grad_up(self, grad: Tensor, low: Tensor, rows: Rows) -> Tensor:
         """Gradient of x A^T from that of y (scale included), [rows, R]; B's is added where it belongs."""
 
-    def spread(self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None) -> Tensor:
-        """The low-rank share of x's gradient, [rows, width]."""
+    def spread(
+        self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None, into: Tensor | None = None
+    ) -> Tensor:
+        """The low-rank share of x's gradient, [rows, width]; added to `into` if given."""
 
     def grad_down(self, grad_low: Tensor, x: Tensor, rows: Rows, dropout: PassDropout | None) -> None:
         """A's gradient is added where it belongs."""
@@ -115,15 +117,19 @@ class LoopProducts:
                 grad_low[span].mul_(part.scale)
         return grad_low
 
-    def spread(self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None) -> Tensor:
-        out = grad_low.new_empty(len(grad_low), width)
+    def spread(
+        self, grad_low: Tensor, width: int, rows: Rows, dropout: PassDropout | None, into: Tensor | None = None
+    ) -> Tensor:
+        out = grad_low.new_empty(len(grad_low), width) if into is None else into
         for span, part in self._parts(rows, grad_low):
+            if into is None and (part is None or dropout is not None):
+                out[span].zero_()
             if part is None:
-                out[span].zero_()
-            elif dropout is None:
-                torch.mm(grad_low[span, : part.rank], part.a, out=out[span])
+                continue
+            if dropout is None:
+                own = out[span]
+                torch.addmm(own, grad_low[span, : part.rank], part.a, beta=0.0 if into is None else 1.0, out=own)
             else:
-                out[span].zero_()
                 for member in part.members:
                     own = grad_low[span, member.ranks] @ part.a[member.ranks]
                     out[span].add_(dropout.apply(own, span, linear_key(member.name)))

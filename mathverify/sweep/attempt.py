@@ -8,11 +8,10 @@ nothing and a trial is told once.
 from __future__ import annotations
 
 import math
-import os
 import time
 import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,19 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.entry import TRIAL_VARIABLE
+from mathverify.errors import UserError
 from mathverify.files import write_atomic
 from mathverify.judge import judged_by
 from mathverify.records import redact
 from mathverify.sweep import outcome as outcomes
-from mathverify.sweep.lease import leased_device
+from mathverify.sweep.lease import give_device_back, leased_device
 from mathverify.sweep.liveness import Heart, Worker
 from mathverify.sweep.outcome import Outcome
 from mathverify.sweep.settings import read_settings
-from mathverify.sweep.storage import STORAGE_VARIABLE
+from mathverify.sweep.storage import briefly, hidden_storage
 from mathverify.sweep.study import Session, open_existing
 
-TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
-"""'NUMBER:TOKEN' in hydra.job.env_set of a trial's job: part of Hydra's own config, so of no run's fingerprint."""
 INTERRUPTED = 130
 ERROR_FILE = "error.txt"
 
@@ -71,7 +70,7 @@ class Attempt:
         if mark is None:
             return None
         number, _, token = mark.partition(":")
-        folder = Path(hydra.sweep.dir)
+        folder = Path(hydra.runtime.cwd) / hydra.sweep.dir
         session = _open.get(str(folder)) or _reopen(hydra, folder)
         return cls(session, int(number), token, session.trial(int(number))._trial_id)
 
@@ -81,25 +80,42 @@ class Attempt:
         Raises:
             Superseded: another one does, or the trial has ended.
         """
-        with self.session.locked():
-            trial = self._now()
-            if trial.state is not TrialState.RUNNING or trial.user_attrs["attempt"]["token"] != self.token:
-                raise Superseded(f"trial {self.number} was handed to another worker")
-            me = Worker.this()
-            if trial.user_attrs.get("owner") != me.to_plain() or not trial.user_attrs.get("claimed"):
-                self.session.mark(trial, owner=me.to_plain(), claimed=self.token)
+        self.session.alone(self._claim)
+
+    def _claim(self) -> None:
+        trial = self._still_ours()
+        me = Worker.this()
+        if trial.user_attrs.get("owner") != me.to_plain() or trial.user_attrs.get("claimed") != self.token:
+            self.session.mark(trial, owner=me.to_plain(), claimed=self.token)
+
+    def _still_ours(self) -> FrozenTrial:
+        trial = self._now()
+        if trial.state is not TrialState.RUNNING or trial.user_attrs["attempt"]["token"] != self.token:
+            raise Superseded(f"trial {self.number} was handed to another worker")
+        return trial
 
     def beat(self) -> None:
         """A sign of life for those who cannot ask this machine's kernel."""
         self.session.storage.set_trial_user_attr(self.trial_id, "beat", time.time())
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Report a validation to the study; the reason to stop if the pruner says so."""
+        """Report a validation to the study; the reason to stop if the pruner says so.
+
+        A database that does not answer now stops no training: the next validation may be reported.
+        """
+        with suppress(UserError), briefly():
+            return self._judge(step, metrics)
+        return self.pruned
+
+    def _judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
         settings, study = self.session.settings, self.session.study
         value = metrics.get(settings.report)
         if value is None or math.isnan(value) or len(self.session.directions) > 1:
             return None
-        if step not in self._now().intermediate_values:  # a resumed trial passes the same steps again
+        seen = self._now().intermediate_values
+        if any(later > step for later in seen):  # passed before a kill, and judged good enough then
+            return None
+        if step not in seen:
             self.session.storage.set_trial_intermediate_value(self.trial_id, step, value)
         self.session.trials()  # also drops the cache, so that the pruner sees what other workers reported
         if settings.pruner is not None and study.pruner.prune(study, self._now()):
@@ -108,12 +124,31 @@ class Attempt:
         return self.pruned
 
     def ended(self, outcome: Outcome) -> None:
-        """Leave the outcome in the study, for a sweeper to tell."""
-        self.session.storage.set_trial_user_attr(self.trial_id, "outcome", outcome.to_plain())
+        """Leave the outcome in the study, for a sweeper to tell.
+
+        Raises:
+            Superseded: this process was taken for dead meanwhile (its machine was cut off, say).
+        """
+        self.session.alone(lambda: self.session.mark(self._still_ours(), outcome=outcome.to_plain()))
+
+    def returned(self, folder: Path, value: Any) -> Outcome:
+        """The outcome of a task that came to its end in `folder` and returned `value`."""
+        session = self.session
+        count = len(session.directions)
+        return outcomes.of_return(value, folder, session.settings.objective, count, self.pruned)
+
+    def raised(self, folder: Path, error: BaseException) -> Outcome:
+        """The outcome of a task that raised; the traceback is left in its folder."""
+        if isinstance(error, Exception):
+            text = str(redact("".join(traceback.format_exception(error))))
+            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
+            write_atomic(folder / ERROR_FILE, text.encode())
+        return outcomes.of_exception(error, folder)
 
     def released(self) -> None:
         """Interrupted by a signal: whoever comes next continues it, and it is no try that counts."""
-        release(self.session, self._now(), self.token)
+        with suppress(UserError), briefly():
+            self.session.alone(lambda: release(self.session, self._now(), self.token))
 
     def _now(self) -> FrozenTrial:
         return self.session.storage.get_trial(self.trial_id)
@@ -128,9 +163,9 @@ def release(session: Session, trial: FrozenTrial, token: str) -> None:
 
 def _reopen(hydra: Any, folder: Path) -> Session:
     keys = {key: value for key, value in hydra.sweeper.items() if not key.startswith("_")}
-    if os.environ.get(STORAGE_VARIABLE):
-        keys["storage"] = os.environ[STORAGE_VARIABLE]
-    session = open_existing(read_settings(keys), folder)
+    if (hidden := hidden_storage()) is not None:
+        keys["storage"] = hidden
+    session = open_existing(read_settings(keys, Path(hydra.runtime.cwd)), folder)
     remember(session)
     return session
 
@@ -170,16 +205,14 @@ class TrialTask:
                 stack.enter_context(Heart(attempt.beat))
                 if session.settings.lease_devices:
                     leased_device(config)
+                    if Worker.this() != self.home:  # a launcher's process may live on with nothing to do
+                        stack.callback(give_device_back)
                 stack.enter_context(judged_by(attempt.judge))
                 returned = self.task(config)
-            count = len(session.directions)
-            return outcomes.of_return(returned, folder, session.settings.objective, count, attempt.pruned), returned
+            return attempt.returned(folder, returned), returned
         except SystemExit as error:
             if error.code == INTERRUPTED:
                 raise
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None
         except Exception as error:
-            text = str(redact("".join(traceback.format_exception(error))))
-            folder.mkdir(parents=True, exist_ok=True)  # a refused run took its empty folder back
-            write_atomic(folder / ERROR_FILE, text.encode())
-            return outcomes.of_exception(error, folder), None
+            return attempt.raised(folder, error), None

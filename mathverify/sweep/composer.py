@@ -25,11 +25,17 @@ MOST_POINTS = 64
 
 
 class Composer:
-    """Composes trial configs the way Hydra's launchers will."""
+    """Composes trial configs the way Hydra's launchers will. examples: how many a trial sees, of what was validated."""
 
     def __init__(self, config_loader: Any, master: DictConfig, space: Space) -> None:
         self._loader, self._master, self.space = config_loader, master, space
         self.ratio = lora_scale.searched(list(space.dimensions))
+        self.examples: set[int] = set()
+
+    @property
+    def value_name(self) -> str:
+        """What a task's return value is called."""
+        return "validation accuracy" if _is_run(self._master) else "the task's value"
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """The config of a job with these overrides, without the part that is Hydra's.
@@ -107,7 +113,8 @@ class Composer:
             for override in self.space.overrides(rest):
                 if not lora_scale.is_ratio(override):
                     _set(composed, override)
-            validate(composed)
+            if (run := validate(composed)) is not None:
+                self.examples.add(run.train.steps * run.train.examples_per_step)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             where = " ".join(self.space.overrides({**choice, **rest})) or "no searched key"
             raise UserError(f"the space reaches a trial that cannot run ({where}): {entry.one_line(error)}") from None
@@ -141,10 +148,13 @@ def canonical(composed: DictConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def validate(composed: DictConfig) -> None:
-    """Raise UserError when a config of ours is impossible; other programs' configs only have to compose."""
-    if _is_run(composed):
-        entry.to_run_config(composed)
+def validate(composed: DictConfig) -> RunConfig | None:
+    """The run that a config of ours describes; None for another program's, which only has to compose.
+
+    Raises:
+        UserError: the run is impossible.
+    """
+    return entry.to_run_config(composed) if _is_run(composed) else None
 
 
 def _is_run(composed: DictConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import socket
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from mathverify.sweep.storage import patience
 
 BEAT_SECONDS = 10.0
 
@@ -73,11 +76,17 @@ class Watch:
     """Judges workers of other machines by whether their beat changes on this process's own clock.
 
     No clock is compared between machines, so skew does no harm; the price is that a worker seen for the first time is
-    taken for alive until `dead_after` seconds have passed without a change.
+    taken for alive until `dead_after` seconds have passed without a change. Silence while the storage itself did not
+    answer is nobody's: `last_outage` says when that was, on the same clock.
     """
 
-    def __init__(self, dead_after: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.dead_after, self._clock = dead_after, clock
+    def __init__(
+        self,
+        dead_after: float,
+        last_outage: Callable[[], float] = lambda: -math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.dead_after, self._last_outage, self._clock = dead_after, last_outage, clock
         self._seen: dict[tuple[int, str], tuple[Any, float]] = {}
 
     def is_alive(self, trial: int, worker: Worker, beat: Any) -> bool:
@@ -90,7 +99,7 @@ class Watch:
         if last is None or last[0] != beat:
             self._seen[key] = (beat, now)
             return True
-        return now - last[1] < self.dead_after
+        return now - max(last[1], self._last_outage()) < self.dead_after
 
 
 class Heart:
@@ -112,6 +121,7 @@ class Heart:
     def _run(self) -> None:
         while not self._over.wait(self._seconds):
             try:
-                self._beat()
+                with patience(0):  # so that the end of the work never waits for a beat
+                    self._beat()
             except Exception:  # the next beat may get through; if none does, others take the trial over
                 continue

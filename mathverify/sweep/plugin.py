@@ -1,8 +1,12 @@
-"""What Hydra sees: `hydra/sweeper=optuna` with its sampler and pruner groups. Imports neither Optuna nor torch."""
+"""What Hydra sees: `hydra/sweeper=optuna` with its sampler and pruner groups, and `hydra/launcher=pack`.
+
+Imports neither Optuna nor torch.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -10,13 +14,17 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.plugin import Plugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import MISSING, DictConfig
 
-# Hydra accepts sweepers only from the package hydra_plugins. This is the name of hydra-optuna-sweeper's class, so that
+# Hydra accepts plugins only from the package hydra_plugins. This is the name of hydra-optuna-sweeper's class, so that
 # a config that spells its `_target_` out works too; nothing of that package is needed or imported.
 TARGET = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+PACK_TARGET = "hydra_plugins.mathverify.PackLauncher"
 
 
 @dataclass
@@ -30,7 +38,7 @@ class SweeperConf:
     direction: Any = None
     storage: Any = None
     study_name: str | None = None
-    n_trials: int = 20
+    n_trials: int | None = 20
     n_jobs: int = 1
     max_failure_rate: float = 1.0
     search_space: Any = None
@@ -45,6 +53,15 @@ class SweeperConf:
     dead_after: float = 60.0
     lease_devices: bool = True
     dry_run: bool = False
+
+
+@dataclass
+class PackLauncherConf:
+    """The keys of hydra.launcher. max_trials: runs that train at once; null: for a study its n_jobs, for a grid 8 on a
+    CPU and on a GPU as many as its memory allows, which also bounds the others."""
+
+    _target_: str = PACK_TARGET
+    max_trials: int | None = None
 
 
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -172,12 +189,46 @@ class OptunaSweeper(Sweeper):
         return sweep(self.keys, self.hydra_context, self.task_function, self.config, arguments)
 
 
-def _place_under_hydra_plugins() -> None:
-    """Make TARGET importable as a name of OptunaSweeper; modules that exist are kept."""
-    OptunaSweeper.__module__ = TARGET.rpartition(".")[0]
+class PackLauncher(Launcher):
+    """Hydra's door to packs; the work is in pack_launcher.py. Takes jobs as a batch (Hydra's way) or as a stream."""
+
+    def __init__(self, max_trials: int | None = None) -> None:
+        self.max_trials = max_trials
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises UserError for a setting that cannot work, or a task that is not mathverify.train's."""
+        from mathverify.sweep.pack_launcher import require_possible
+
+        require_possible(self.max_trials, task_function, config)
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs, those that share a base at once.
+
+        Raises:
+            SystemExit: with code 130 after a signal; what was done is saved.
+        """
+        from mathverify.sweep.pack_launcher import launch
+
+        return launch(job_overrides, initial_job_idx, self.max_trials, self.context, self.config)
+
+    def stream(self, take: Callable[[], Any], settle: Callable[[Any, str | None], None]) -> None:
+        """Run jobs as they come (sweeper.StreamingLauncher).
+
+        Raises:
+            SystemExit: with code 130 after a signal; what was done is saved.
+        """
+        from mathverify.sweep.pack_launcher import stream
+
+        stream(take, settle, self.max_trials, self.context, self.config)
+
+
+def _place_under_hydra_plugins(target: str, plugin: type[Plugin]) -> None:
+    """Make `target` importable as a name of `plugin`; modules that exist are kept."""
+    plugin.__module__ = target.rpartition(".")[0]
     above: ModuleType | None = None
     path = ""
-    for part in TARGET.split(".")[:-1]:
+    for part in target.split(".")[:-1]:
         path = f"{path}.{part}" if path else part
         try:
             module = import_module(path)
@@ -188,14 +239,16 @@ def _place_under_hydra_plugins() -> None:
             setattr(above, part, module)
         above = module
     assert above is not None
-    above.OptunaSweeper = OptunaSweeper  # type: ignore[attr-defined]
+    setattr(above, plugin.__name__, plugin)
 
 
 def register() -> None:
-    """Make `hydra/sweeper=optuna` known to Hydra; harmless when repeated."""
-    _place_under_hydra_plugins()
-    Plugins.instance().register(OptunaSweeper)
+    """Make `hydra/sweeper=optuna` and `hydra/launcher=pack` known to Hydra; harmless when repeated."""
+    for target, plugin in ((TARGET, OptunaSweeper), (PACK_TARGET, PackLauncher)):
+        _place_under_hydra_plugins(target, plugin)
+        Plugins.instance().register(plugin)
     store = ConfigStore.instance()
+    store.store(group="hydra/launcher", name="pack", node=PackLauncherConf, provider="mathverify")
     store.store(group="hydra/sweeper", name="optuna", node=SweeperConf, provider="mathverify")
     for name, node in SAMPLERS.items():
         store.store(group="hydra/sweeper/sampler", name=name, node=node, provider="mathverify")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,15 +18,17 @@ from hydra.utils import get_method
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import UserError
 from mathverify.sweep import outcome as outcomes
-from mathverify.sweep.attempt import TRIAL_VARIABLE, release
+from mathverify.sweep.attempt import release
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Watch, Worker
 from mathverify.sweep.outcome import End, Outcome
 from mathverify.sweep.samplers import trial_seed
 from mathverify.sweep.settings import Duplicates
 from mathverify.sweep.space import Dimension, Value, quoted
+from mathverify.sweep.storage import last_outage
 from mathverify.sweep.study import Session, counts
 
 ASKS = 3
@@ -69,7 +71,8 @@ class Proposer:
     def __post_init__(self) -> None:
         self.me = Worker.this()
         self.running: dict[int, str] = {}
-        self._watch = Watch(self.session.settings.dead_after)
+        self._watch = Watch(self.session.settings.dead_after, last_outage)
+        self._fruitless = 0  # launches in a row of which no job began
         self._first: list[str | None] = []  # reasons of this command's first trials; None for one that did not fail
 
     def take(self) -> Job | Nothing:
@@ -78,38 +81,79 @@ class Proposer:
         Raises:
             UserError: the sampler cannot propose.
         """
-        with self.session.locked():
-            others = 0
-            for trial in self.session.trials():
-                if trial.state is TrialState.RUNNING and trial.number not in self.running:
-                    match self._adopt(trial):
-                        case Job() as job:
-                            return job
-                        case True:
-                            others += 1
-            return self._propose(others)
+        return self.session.alone(self._take)
+
+    def _take(self) -> Job | Nothing:
+        if self.problem:
+            return Nothing.over
+        others = 0
+        for trial in self.session.trials():
+            if trial.state is TrialState.RUNNING and trial.number not in self.running:
+                match self._adopt(trial):
+                    case Job() as job:
+                        return job
+                    case True:
+                        others += 1
+        return self._propose(others)
 
     def settle(self, job: Job, launch_error: str | None = None) -> None:
         """A job of ours came back, somehow: tell its outcome, or leave the trial to whoever takes it over."""
-        with self.session.locked():
+        self.running.pop(job.number, None)
+        self.session.alone(lambda: self._settle(job, launch_error))
+
+    def _settle(self, job: Job, launch_error: str | None) -> None:
+        trial = self.session.trial(job.number)
+        marks = trial.user_attrs
+        if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] not in (job.token, None):
+            return
+        if "outcome" in marks:
+            self.tell(trial, Outcome.from_plain(marks["outcome"]))
+        elif launch_error is not None and marks.get("claimed") != job.token and marks["attempt"]["token"]:
+            self.tell(trial, outcomes.failed(launch_error))
+
+    def launch_failed(self, jobs: Sequence[Job], error: str) -> None:
+        """A launcher raised in the middle of a batch, as for a job that was killed; tell those that came to an end.
+
+        Those that began are their workers', or taken over if these are dead. Those that did not are released: a job
+        that still waits in a queue will find itself superseded. When nothing began several times in a row, it is the
+        launcher that fails, and the sweep stops.
+        """
+        for job in jobs:
             self.running.pop(job.number, None)
-            trial = self.session.trial(job.number)
-            marks = trial.user_attrs
-            if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] not in (job.token, None):
-                return
-            if "outcome" in marks:
-                self.tell(trial, Outcome.from_plain(marks["outcome"]))
-            elif launch_error is not None and marks.get("claimed") != job.token and marks["attempt"]["token"]:
-                self.tell(trial, outcomes.failed(launch_error))
+        began = self.session.alone(lambda: [self._salvage(job) for job in jobs])
+        self._fruitless = 0 if any(began) else self._fruitless + 1
+        if self._fruitless >= self.session.settings.stop_after_same_failures:
+            self.why = f"stopped: {self._fruitless} times in a row no trial began: {error}"
+            self.problem = True
+
+    def _salvage(self, job: Job) -> bool:
+        """Whether the job had begun."""
+        trial = self.session.trial(job.number)
+        marks = trial.user_attrs
+        if trial.state is not TrialState.RUNNING or marks["attempt"]["token"] != job.token:
+            return True
+        if "outcome" in marks:
+            self.tell(trial, Outcome.from_plain(marks["outcome"]))
+        elif marks.get("claimed") != job.token:
+            release(self.session, trial, job.token)
+            return False
+        return True
 
     def give_back(self) -> list[int]:
-        """Interrupted: release what this sweeper has in hand; returns the numbers."""
-        numbers = sorted(self.running)
-        with self.session.locked():
-            for number, token in self.running.items():
-                release(self.session, self.session.trial(number), token)
-        self.running.clear()
-        return numbers
+        """Interrupted: release what this sweeper has in hand; returns the numbers.
+
+        Not what a job of a launcher has begun: that may go on without us, and leaves its outcome in the study.
+        """
+        held, self.running = self.running, {}
+
+        def section() -> list[int]:
+            trials = [self.session.trial(number) for number in sorted(held)]
+            ours = [t for t in trials if t.user_attrs.get("owner") in (None, self.me.to_plain())]
+            for trial in ours:
+                release(self.session, trial, held[trial.number])
+            return [trial.number for trial in ours]
+
+        return self.session.alone(section)
 
     def beat(self) -> None:
         """A sign of life for every job in hand, queued ones too."""
@@ -145,8 +189,9 @@ class Proposer:
         if "outcome" in marks:
             self.tell(trial, Outcome.from_plain(marks["outcome"]))
             return False
-        owner = marks.get("owner")
-        if owner is not None and self._watch.is_alive(trial.number, Worker.from_plain(owner), marks.get("beat")):
+        owner = Worker.from_plain(marks["owner"]) if marks.get("owner") else None
+        # One of ours that is not in hand was cut short while it was proposed, by a database that went away.
+        if owner not in (None, self.me) and self._watch.is_alive(trial.number, owner, marks.get("beat")):
             return True
         count = marks.get("attempt", {"count": 0})["count"]
         if count >= self.session.settings.max_attempts:
@@ -251,10 +296,10 @@ class Proposer:
     # When to stop
 
     def _is_finished(self, trials: list[FrozenTrial], repeats: int) -> bool:
-        settings, space = self.session.settings, self.session.space
+        space = self.session.space
         counted = sum(counts(trial) and trial.state is not TrialState.WAITING for trial in trials)
-        if counted >= settings.n_trials:
-            self.why = f"the budget of {settings.n_trials} trials is used"
+        if counted >= self.session.budget:
+            self.why = f"the budget of {self.session.budget} trials is used"
         elif self._asks_again and self._has_all_points(trials):
             self.why = f"all {space.size} points of the space are done"
         if repeats >= MOST_REPEATS:
@@ -277,10 +322,10 @@ class Proposer:
         ]:
             self.why = f"stopped: the first {len(first)} trials all failed for the same reason: {first[0]}"
             self.problem = True
-        elif failures and len(failures) > settings.max_failure_rate * settings.n_trials:
+        elif failures and len(failures) > settings.max_failure_rate * self.session.budget:
             self.why = (
                 f"stopped: {len(failures)} trials failed, more than max_failure_rate = {settings.max_failure_rate:g} "
-                f"of {settings.n_trials}; the last: {failures[-1].user_attrs.get('reason')}"
+                f"of {self.session.budget}; the last: {failures[-1].user_attrs.get('reason')}"
             )
             self.problem = True
         return self.problem

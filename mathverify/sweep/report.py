@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +18,8 @@ from mathverify.files import write_atomic
 from mathverify.records import redact
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.proposals import is_failure, is_infeasible
+from mathverify.sweep.samplers import left_out
+from mathverify.sweep.settings import Duplicates
 from mathverify.sweep.storage import shown
 from mathverify.sweep.study import Session, counts
 
@@ -38,21 +42,36 @@ def plan(session: Session, composer: Composer, validated: int) -> str:
     objective = ", ".join(
         f"{direction} {name}"
         for direction, name in zip(
-            session.directions, settings.objective or ["the task's value"] * len(session.directions), strict=True
+            session.directions, settings.objective or [composer.value_name] * len(session.directions), strict=True
         )
     )
     lines = [
-        f"study     {session.name} in {session.folder} ({shown(settings.storage)})",
+        f"study     {session.name} in {_near(session.folder)} ({shown(settings.storage)})",
         f"space     {'; '.join(f'{k} in {d.describe()}' for k, d in session.space.dimensions.items()) or 'one point'}",
         f"points    {'a continuous space' if size is None else size}; {validated} configs composed and valid",
         f"fixed     {' '.join(session.space.fixed) or '-'}",
         f"objective {objective}",
         f"engine    {sampler} ({seed}), {pruner}, {settings.n_jobs} at once, "
         f"repeated points: {settings.duplicates.value}",
-        f"budget    {settings.n_trials} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
-        f"cost      {_cost(session, settings.n_trials - done)}",
+        f"budget    {session.budget} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
+        *_examples_line(composer.examples),
+        f"cost      {_cost(session, _total(session) - done)}",
+        *(f"note      {line}" for line in left_out(settings)),
     ]
     return "\n".join(lines)
+
+
+def _examples_line(examples: set[int]) -> list[str]:
+    """Told before the first trial: what looks like the effect of a batch may be that of more examples."""
+    if not examples:
+        return []
+    text = f"{min(examples):,} a trial"
+    if len(examples) > 1:
+        text = (
+            f"{min(examples):,} to {max(examples):,} a trial, so not only what is searched differs; "
+            "train.max_examples=N gives every trial the same number"
+        )
+    return [f"examples  {text}"]
 
 
 def _cost(session: Session, left: int) -> str:
@@ -61,6 +80,24 @@ def _cost(session: Session, left: int) -> str:
         return "known after the first trial"
     each = statistics.median(seconds)
     return f"{_duration(each)} a trial so far; {_duration(each * left / session.settings.n_jobs)} for the {left} left"
+
+
+def _total(session: Session) -> int:
+    """How many trials the study will have: a finite space may end before the budget does."""
+    size = session.space.size
+    if size is None or session.settings.custom_search_space is not None:
+        return session.budget
+    return session.budget if session.settings.duplicates is Duplicates.train else min(session.budget, size)
+
+
+def trial_lines(session: Session, trial: FrozenTrial) -> str:
+    """The line of a trial that ended; after the study's first, what the others are going to cost."""
+    line = trial_line(session, trial)
+    done = [t for t in session.trials() if counts(t) and t.state.is_finished()]
+    left = _total(session) - len(done)
+    if len(done) == 1 and left > 0 and _seconds(trial) is not None:
+        line += f"\ncost      {_cost(session, left)}"
+    return line
 
 
 def trial_line(session: Session, trial: FrozenTrial) -> str:
@@ -78,9 +115,7 @@ def trial_line(session: Session, trial: FrozenTrial) -> str:
     elif best:
         parts.append(f"| best {values_text(best[0])} (#{best[0].number})")
     done = sum(t.state.is_finished() for t in trials)
-    total = session.settings.n_trials
-    size = session.space.size
-    total = min(total, size) if size is not None else total
+    total = _total(session)
     parts.append(f"| {done}/{total} done" + _left(session, trials, max(total - done, 0)))
     return "  ".join(parts)
 
@@ -114,18 +149,26 @@ def table(session: Session) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def examples_note(session: Session) -> str | None:
-    """A warning when trials saw different numbers of examples: more of them is an effect of its own."""
-    finished = [t for t in session.trials() if t.state is TrialState.COMPLETE]
-    seen = {t.user_attrs.get("facts", {}).get("examples") for t in finished} - {None}
-    searched = [
-        k for k in session.space.dimensions if "batch" in k or "accumulation" in k or "steps" in k or k == "train"
+def repeats_note(session: Session) -> str | None:
+    """Which numbers are missing in the table: proposals that were turned down, since they were run before."""
+    repeats = [
+        f"#{t.number} (as #{t.user_attrs['duplicate_of']})"
+        for t in session.trials()
+        if "duplicate_of" in t.user_attrs and not counts(t)
     ]
-    if len(seen) < 2 or not searched:
+    return f"not trained again: {', '.join(repeats)}" if repeats else None
+
+
+def examples_note(session: Session) -> str | None:
+    """A warning when completed trials saw different numbers of examples: more of them is an effect of its own."""
+    finished = [t for t in session.trials() if t.state is TrialState.COMPLETE]
+    seen = Counter(n for t in finished if (n := t.user_attrs.get("facts", {}).get("examples")) is not None)
+    if len(seen) < 2:
         return None
+    said = ", ".join(f"{examples:,} ({trials} trials)" for examples, trials in sorted(seen.items()))
     return (
-        f"note: trials saw between {min(seen):,} and {max(seen):,} examples ({', '.join(searched)} differ), so part of "
-        "a difference may be more data; train.max_examples=N gives every trial the same number"
+        f"note: trials that ran to their end saw different numbers of examples: {said}. Part of a difference between "
+        "them may be more data, not a bigger batch; train.max_examples=N gives every trial the same number"
     )
 
 
@@ -169,8 +212,7 @@ def summary(session: Session) -> str:
 def closing(session: Session, program: str) -> str:
     """The end of a sweep: table, best, and the command that runs the best again."""
     lines = [table(session)]
-    if note := examples_note(session):
-        lines.append(note)
+    lines.extend(note for note in (repeats_note(session), examples_note(session)) if note)
     best = best_trials(session, session.trials())
     several = len(session.directions) > 1
     if several and best:
@@ -209,6 +251,11 @@ def continuing_command() -> str:
 
 
 # Parts of lines
+
+
+def _near(folder: Path) -> Path:
+    """A folder as it is named from here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def state_of(trial: FrozenTrial) -> str:

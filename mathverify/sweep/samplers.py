@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -9,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import optuna
 from hydra.utils import get_class, instantiate
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, NopPruner
@@ -17,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
+from mathverify.sweep.plugin import PRUNERS, SAMPLERS
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Space
 
@@ -79,13 +83,16 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
     """The study's sampler.
 
     Raises:
-        UserError: unknown target, missing package, bad argument, or a grid over a continuous dimension.
+        UserError: unknown target, missing package, unknown or bad argument, or a grid over a continuous dimension.
     """
-    arguments = dict(settings.sampler)
-    target = GONE.get(arguments["_target_"], arguments["_target_"])
-    if target.endswith(".GridSampler") and not arguments.get("search_space"):
-        arguments["search_space"] = _grid(space)
-    arguments = _accepted(target, {k: v for k, v in arguments.items() if k != "_target_" and v is not None}, "sampler")
+    target, arguments, _ = _arguments(settings.sampler, "sampler")
+    if target.endswith(".GridSampler"):
+        if settings.custom_search_space is not None:
+            raise UserError(
+                "hydra.sweeper.custom_search_space adds to points as they are drawn, a grid is fixed before the first: "
+                "use another hydra/sweeper/sampler"
+            )
+        arguments.setdefault("search_space", _grid(space))
 
     def make(seed: int | None) -> BaseSampler:
         given = arguments | ({"seed": seed} if seed is not None else {})
@@ -99,13 +106,11 @@ def make_pruner(settings: Settings) -> BasePruner:
     """The study's pruner; one that never prunes when none is set.
 
     Raises:
-        UserError: unknown target, missing package or bad argument.
+        UserError: unknown target, missing package, unknown or bad argument.
     """
     if settings.pruner is None:
         return NopPruner()
-    target = settings.pruner["_target_"]
-    given = {k: v for k, v in settings.pruner.items() if k != "_target_" and v is not None}
-    arguments = _accepted(target, given, "pruner")
+    target, arguments, _ = _arguments(settings.pruner, "pruner")
     pruner: BasePruner = _instantiate(target, arguments, "hydra.sweeper.pruner")
     return pruner
 
@@ -118,15 +123,65 @@ def _grid(space: Space) -> dict[str, list[Any]]:
     return {key: found or [] for key, found in values.items()}
 
 
-def _accepted(target: str, arguments: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Leave out what older versions of Optuna took and this one does not, and what a study set for another target."""
+def left_out(settings: Settings) -> list[str]:
+    """A line for each argument that is set and does not apply: another sampler's or pruner's, or one Optuna dropped."""
+    lines: list[str] = []
+    for what, component in (("sampler", settings.sampler), ("pruner", settings.pruner)):
+        if component is None:
+            continue
+        target, _, names = _arguments(component, what)
+        said = ", ".join(f"{name} = {component[name]}" for name in names)
+        if names:
+            lines.append(f"hydra.sweeper.{what}: {target.rpartition('.')[2]} takes no {said}: left out")
+    return lines
+
+
+def _arguments(component: Mapping[str, Any], what: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Target and arguments of a sampler or pruner, and the names of what was set for another one.
+
+    A study of sweeps/ sets arguments for its own sampler and pruner, and the command line may put others in their
+    place; and a config of hydra-optuna-sweeper may set what newer versions of Optuna take no more. Both are left out.
+    What no sampler and no pruner ever took is a slip of the pen.
+
+    Raises:
+        UserError: no such target, or an argument that none knows.
+    """
+    target = GONE.get(component["_target_"], component["_target_"])
+    given = {k: v for k, v in component.items() if k != "_target_" and v is not None}
     try:
-        known = inspect.signature(get_class(target)).parameters
+        parameters = inspect.signature(get_class(target)).parameters
     except Exception as error:
         raise UserError(f"hydra.sweeper.{what}._target_ = {target}: no such {what} ({error})") from None
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        return dict(arguments)
-    return {name: value for name, value in arguments.items() if name in known}
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return target, given, []
+    others = {name: value for name, value in given.items() if name not in parameters}
+    for name, value in others.items():
+        if name not in _known_arguments():
+            close = difflib.get_close_matches(name, parameters, 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise UserError(
+                f"hydra.sweeper.{what}.{name} = {value}: {target.rpartition('.')[2]} takes no such argument: "
+                f"{meant}it takes {', '.join(parameters) or 'none'}"
+            )
+    accepted = {name: value for name, value in given.items() if name in parameters}
+    return target, accepted, [name for name, value in others.items() if (name, value) not in _group_defaults()]
+
+
+@functools.cache
+def _known_arguments() -> set[str]:
+    """Of every sampler and pruner of this Optuna, and of the documented groups, older versions' among them."""
+    classes = [
+        member
+        for module in (optuna.samplers, optuna.pruners)
+        for member in vars(module).values()
+        if inspect.isclass(member)
+    ]
+    return {name for c in classes for name in inspect.signature(c).parameters} | {n for n, _ in _group_defaults()}
+
+
+def _group_defaults() -> list[tuple[str, Any]]:
+    """(argument, value) as hydra/sweeper/sampler and pruner set them: nobody chose these."""
+    return [item for group in (SAMPLERS, PRUNERS) for choice in group.values() for item in (choice or {}).items()]
 
 
 def _instantiate(target: str, arguments: Mapping[str, Any], where: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -26,11 +27,11 @@ class Settings:
 
     sampler, pruner: `_target_` and its arguments. directions: one per objective; None until the task is known.
     storage: URL, `_target_` mapping, or None for a journal file in the sweep folder. n_trials: the study's total, over
-    all resumes and workers. n_jobs: trials at once. max_failure_rate: the sweep stops when more than this share of
-    n_trials has failed. params: override syntax by key. objective: dotted paths into result.json, one per direction;
-    empty means the task's return value. report: the validation metric that pruners look at. max_attempts: how often a
-    trial may be started before it fails because its worker always died. dead_after: seconds without a sign of life
-    after which a worker on another machine is taken for dead.
+    all resumes and workers; None for every point of a finite space. n_jobs: trials at once. max_failure_rate: the sweep
+    stops when more than this share of n_trials has failed. params: override syntax by key. objective: dotted paths into
+    result.json, one per direction; empty means the task's return value. report: the validation metric that pruners look
+    at. max_attempts: how often a trial may be started before it fails because its worker always died. dead_after:
+    seconds without a sign of life after which a worker on another machine is taken for dead.
     """
 
     sampler: dict[str, Any]
@@ -38,7 +39,7 @@ class Settings:
     directions: tuple[str, ...] | None = None
     storage: str | dict[str, Any] | None = None
     study_name: str | None = None
-    n_trials: int = 20
+    n_trials: int | None = 20
     n_jobs: int = 1
     max_failure_rate: float = 1.0
     params: dict[str, str] = field(default_factory=dict)
@@ -62,8 +63,11 @@ class Settings:
         return str(self.sampler.get("_target_", "")).endswith(".GridSampler")
 
 
-def read_settings(keys: Mapping[str, Any]) -> Settings:
+def read_settings(keys: Mapping[str, Any], cwd: Path | None = None) -> Settings:
     """hydra.sweeper's keys -> Settings.
+
+    Args:
+        cwd: where relative paths begin, for a job that Hydra started in a folder of its own; else the current folder.
 
     Raises:
         UserError: a value that cannot work.
@@ -81,13 +85,13 @@ def read_settings(keys: Mapping[str, Any]) -> Settings:
         sampler=_component(plain.get("sampler"), "sampler"),
         pruner=pruner if pruner.get("_target_") else None,
         directions=directions,
-        storage=plain.get("storage"),
+        storage=_absolute(plain.get("storage"), cwd or Path.cwd()),
         study_name=plain.get("study_name"),
         n_trials=plain.get("n_trials", 20),
         n_jobs=plain.get("n_jobs", 1),
         max_failure_rate=plain.get("max_failure_rate", 1.0),
         params=_params(plain.get("params"), plain.get("search_space")),
-        custom_search_space=plain.get("custom_search_space"),
+        custom_search_space=_dotpath(plain.get("custom_search_space")),
         objective=objective,
         report=plain.get("report", "validation/accuracy"),
         duplicates=_duplicates(plain.get("duplicates", "ask_again")),
@@ -102,8 +106,10 @@ def read_settings(keys: Mapping[str, Any]) -> Settings:
 
 
 def _check(settings: Settings) -> None:
-    for name, least in (("n_trials", 1), ("n_jobs", 1), ("stop_after_same_failures", 1), ("max_attempts", 1)):
-        _require(getattr(settings, name) >= least, name, getattr(settings, name), f"a whole number >= {least}")
+    for name in ("n_jobs", "stop_after_same_failures", "max_attempts"):
+        _require(getattr(settings, name) >= 1, name, getattr(settings, name), "a whole number >= 1")
+    trials = settings.n_trials
+    _require(trials is None or trials >= 1, "n_trials", trials, "a whole number >= 1, or null for every point")
     rate = settings.max_failure_rate
     _require(0.0 <= rate <= 1.0, "max_failure_rate", rate, "a number in [0, 1]")
     _require(settings.dead_after > 0, "dead_after", settings.dead_after, "seconds > 0")
@@ -140,6 +146,19 @@ def _directions(value: Any) -> tuple[str, ...] | None:
         "minimize, maximize, or a list of them",
     )
     return names
+
+
+def _dotpath(value: Any) -> str | None:
+    """Older configs begin it with a dot, which Hydra refuses by now."""
+    return None if value is None else str(value).lstrip(".")
+
+
+def _absolute(storage: Any, cwd: Path) -> Any:
+    """A file's URL with the whole path: jobs may run in folders of their own (hydra.job.chdir)."""
+    for scheme in ("sqlite:///", "journal://"):
+        if isinstance(storage, str) and storage.startswith(scheme) and (path := storage.removeprefix(scheme)):
+            return storage if path.startswith((":memory:", "file:")) else f"{scheme}{cwd / path}"
+    return storage
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mathverify.errors import UserError
-from mathverify.sweep.lora_scale import is_ratio
+from mathverify.sweep.lora_scale import ALPHA_KEYS, is_ratio
 
 Value = str | int | float | bool | None
 Point = Mapping[str, Value]
@@ -108,6 +108,8 @@ def parse_space(
 ) -> Space:
     """hydra.sweeper.params and the command line -> Space; of two settings of one key the later holds.
 
+    The ways to give alpha (lora_scale.py) count as one key when the command line chooses another than params.
+
     Args:
         arguments: task overrides of the command line, sweeps among them. config_loader: Hydra's, to expand glob().
         grid: the space is for a grid, where range() leaves out its end.
@@ -116,7 +118,10 @@ def parse_space(
         UserError: a sweep that no sampler can draw from.
     """
     parser = OverridesParser.create(config_loader=config_loader)
-    overrides = parser.parse_overrides([f"{key}={value}" for key, value in params.items()] + list(arguments))
+    given = parser.parse_overrides(list(arguments))
+    if ALPHA_KEYS & {override.get_key_element() for override in given}:
+        params = {key: value for key, value in params.items() if key not in ALPHA_KEYS}
+    overrides = parser.parse_overrides([f"{key}={value}" for key, value in params.items()]) + given
     dimensions: dict[str, Dimension] = {}
     fixed: dict[str, str] = {}
     for override in overrides:

@@ -1,26 +1,39 @@
-"""Where a study lives: a journal file that survives kill -9, or a database by URL; and the lock that workers share."""
+"""Where a study lives: a journal file that survives kill -9, or a database by URL that may restart meanwhile; the lock
+that workers share; and the ways of a password. Knows nothing of trials."""
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from hydra.utils import instantiate
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mathverify.errors import UserError
-from mathverify.records import redact
+from mathverify.records import REDACTED, redact
 
 JOURNAL = "study.journal"
 STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
+PASSWORD_VARIABLE = f"{STORAGE_VARIABLE}_PASSWORD"
+"""The password alone, by a name that `redact` takes for a secret's."""
+
+T = TypeVar("T")
 
 
 class FlockJournalLock(JournalFileOpenLock):
@@ -87,27 +100,161 @@ def _is_whole(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def open_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStorage:
+def open_storage(storage: str | dict[str, Any] | None, folder: Path, patient: bool = False) -> BaseStorage:
     """The storage that hydra.sweeper.storage names; without one, a journal file in the study's folder.
+
+    patient: a database that does not answer is waited for, as within a study; at its start that is an error at once.
 
     Raises:
         UserError: a URL that is wrong, or a database that cannot be reached; never with its password.
     """
     if storage is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(Journal(folder / JOURNAL))
+        return JournalStudy(folder / JOURNAL)
     if isinstance(storage, str) and storage.startswith("journal://"):
-        path = Path(storage.removeprefix("journal://"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(Journal(path))
+        return JournalStudy(Path(storage.removeprefix("journal://")))
     try:
         if isinstance(storage, dict):
             opened: BaseStorage = instantiate(storage)
             return opened
-        return RDBStorage(with_driver(storage), engine_kwargs=_engine_options(storage))
+        return open_database(storage) if not patient else patiently(lambda: open_database(storage))
+    except UserError:
+        raise
     except Exception as error:
-        reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        raise UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {reason}") from None
+        raise _cannot_open(storage, error) from None
+
+
+def existing_storage(storage: str | dict[str, Any] | None, folder: Path) -> BaseStorage | None:
+    """As `open_storage`, for a look: None, and nothing is made, where there is no study yet.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    if storage is None or (isinstance(storage, str) and storage.startswith("journal://")):
+        path = folder / JOURNAL if storage is None else Path(str(storage).removeprefix("journal://"))
+        return JournalStudy(path) if path.exists() else None
+    if isinstance(storage, str):
+        from sqlalchemy import create_engine, inspect, make_url
+
+        try:
+            url = make_url(with_driver(storage))
+            if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+                return None
+            engine = create_engine(url, **_engine_options(storage))
+            there = inspect(engine).has_table("studies")
+            engine.dispose()
+        except Exception as error:
+            raise _cannot_open(storage, error) from None
+        if not there:
+            return None
+    return open_storage(storage, folder)
+
+
+def _cannot_open(storage: str | dict[str, Any], error: Exception) -> UserError:
+    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {_reason(error)}")
+
+
+class JournalStudy(JournalStorage):
+    """A journal that knows its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(Journal(path))
+
+
+def shown(storage: str | dict[str, Any] | None) -> str:
+    """The storage as it may be printed: no passwords."""
+    if storage is None:
+        return "journal file"
+    text = str(storage)
+    written = _password(storage if isinstance(storage, str) else str(storage.get("url", "")))
+    if written is not None:  # by its place: what is no proper URL may have a password all the same
+        text = text.replace(f":{written}@", f":{REDACTED}@")
+    return str(redact(text))
+
+
+# Passwords
+
+
+def hide_password(storage: str | dict[str, Any] | None) -> bool:
+    """Put a storage that has a password into the environment, for jobs; whether it has one.
+
+    From then on `redact` knows the password by itself, wherever it turns up.
+    """
+    if storage is None or shown(storage) == str(storage):
+        return False
+    os.environ[STORAGE_VARIABLE] = storage if isinstance(storage, str) else json.dumps(storage)
+    written = _password(storage if isinstance(storage, str) else str(storage.get("url", "")))
+    if written is not None:
+        os.environ[PASSWORD_VARIABLE] = written
+        os.environ[f"{STORAGE_VARIABLE}_PLAIN_PASSWORD"] = unquote(written)
+    return True
+
+
+def hidden_storage() -> str | dict[str, Any] | None:
+    """What `hide_password` put into the environment of this process or of the one that started it."""
+    text = os.environ.get(STORAGE_VARIABLE) or None
+    if text is not None and text.startswith("{"):
+        found: dict[str, Any] = json.loads(text)
+        return found
+    return text
+
+
+def _password(url: str) -> str | None:
+    """As it stands in the URL: between the first colon after the user and the last @."""
+    before, _, _ = url.partition("://")[2].rpartition("@")
+    user, _, password = before.partition(":")
+    return None if "/" in user else password or None
+
+
+# Databases
+
+
+class Database(RDBStorage):
+    """Optuna's storage in a database, whose calls outlive a restart of it: they are repeated with fresh connections.
+
+    Within `alone` on PostgreSQL they are not: there the whole section begins anew, since its lock is gone.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(with_driver(url), engine_kwargs={"hide_parameters": True, **_engine_options(url)})
+
+
+def _outliving(name: str) -> Callable[..., Any]:
+    """The method of RDBStorage, patient."""
+    plain = getattr(RDBStorage, name)
+
+    @functools.wraps(plain)
+    def call(self: Database, *arguments: Any, **named: Any) -> Any:
+        if getattr(_section, "is_open", False):
+            return plain(self, *arguments, **named)
+        return patiently(lambda: plain(self, *arguments, **named))
+
+    return call
+
+
+# Each is one transaction, and harmless when it is done a second time because the answer to the first was lost: what is
+# set is set to the same, and a trial created twice is taken up by a worker as one whose proposer died.
+for _name in (
+    *("create_new_study", "set_study_user_attr", "set_study_system_attr", "get_study_id_from_name"),
+    *("get_study_name_from_id", "get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
+    *("get_all_studies", "_create_new_trial", "_set_trial_param", "get_trial_id_from_study_id_trial_number"),
+    *("set_trial_state_values", "set_trial_intermediate_value", "set_trial_user_attr", "set_trial_system_attr"),
+    *("get_trial", "_get_trials", "_get_best_trial_id"),
+):
+    setattr(Database, _name, _outliving(_name))
+
+
+def open_database(url: str) -> Database:
+    """Connect, and make Optuna's tables if there are none; only one of several workers does."""
+    if not _is_postgres(url):
+        return Database(url)
+    import sqlalchemy as sql
+
+    engine = sql.create_engine(with_driver(url), poolclass=sql.NullPool, **_engine_options(url))
+    with engine.connect() as connection:  # the lock goes with the connection
+        connection.execute(sql.text("SELECT pg_advisory_lock(:key)"), {"key": _key("tables")})
+        return Database(url)
 
 
 def with_driver(url: str) -> str:
@@ -116,39 +263,187 @@ def with_driver(url: str) -> str:
     return f"postgresql+psycopg{mark}{rest}" if scheme in ("postgresql", "postgres") else url
 
 
+def _is_postgres(url: str) -> bool:
+    return url.partition("://")[0].partition("+")[0] in ("postgresql", "postgres")
+
+
 def _engine_options(url: str) -> dict[str, Any]:
-    """A database that was restarted is met with a fresh connection, not an error."""
-    return {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    """A connection that a restart cut is not used again, and a host that vanished is noticed within a minute."""
+    if url.startswith("sqlite"):
+        return {"connect_args": {"timeout": 60}}
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if with_driver(url).startswith(("postgresql+psycopg:", "postgresql+psycopg2:")):
+        known = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 5, "keepalives_count": 3}
+        given = url.partition("?")[2]
+        options["connect_args"] = {name: value for name, value in known.items() if f"{name}=" not in given}
+    return options
 
 
-def shown(storage: str | dict[str, Any] | None) -> str:
-    """The storage as it may be printed: no passwords."""
-    return "journal file" if storage is None else str(redact(storage))
+# A database that does not answer
+
+
+PATIENCE_SECONDS = 600.0
+"""How long a worker waits for a database that does not answer: a restart takes seconds, an upgrade minutes."""
+_patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_SECONDS)
+_last_outage = -math.inf
 
 
 @contextmanager
-def study_lock(storage: BaseStorage, name: str, folder: Path) -> Iterator[None]:
-    """Only one worker of a study at a time: while a trial is proposed, taken over or told.
-
-    Held in the database where it is PostgreSQL (an advisory lock, so that machines need share nothing else), else on a
-    file in the study's folder. Both are let go when the holder dies.
-    """
-    if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
-        from sqlalchemy import text
-
-        key = int.from_bytes(hashlib.sha256(f"mathverify/{name}".encode()).digest()[:7], "big")
-        with storage.engine.connect() as connection:
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
-            try:
-                yield
-            finally:
-                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
-                connection.rollback()
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+def patience(seconds: float) -> Iterator[None]:
+    """Wait only so long for a database, in this thread, before UserError."""
+    token = _patience.set(seconds)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
+        _patience.reset(token)
+
+
+def briefly() -> AbstractContextManager[None]:
+    """Wait for a database only as long as someone who wants to leave, or to go on, can wait."""
+    return patience(5.0)
+
+
+def last_outage() -> float:
+    """When a database last did not answer this process (time.monotonic); -inf if it always did."""
+    return _last_outage
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Do `work`, again and again while its database does not answer.
+
+    Raises:
+        UserError: it has not answered for as long as `patience` allows.
+    """
+    global _last_outage
+    start = time.monotonic()
+    pause = 0.1
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            _last_outage = time.monotonic()
+            if _last_outage - start >= _patience.get():
+                raise UserError(
+                    f"the study's database does not answer ({_reason(error)}): see that it runs and can be reached, "
+                    "then give the same command again, which continues"
+                ) from None
+            if pause > 1:
+                print(f"waiting for the study's database: {_reason(error)}", flush=True)
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, 10.0)
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error means that the database or the way to it is down, restarting, full or busy; not that it refuses
+    the user or lacks what is asked for."""
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+    while error is not None:
+        if isinstance(error, OperationalError | InterfaceError | PoolTimeout) or (
+            isinstance(error, DBAPIError) and error.connection_invalidated
+        ):
+            return _REFUSAL.search(str(error)) is None
+        error = error.__cause__
+    return False
+
+
+_REFUSAL = re.compile(
+    r"authentication failed|no password supplied|no pg_hba.conf entry|permission denied|no such (table|column)"
+    r"|(database|role) \"[^\"]*\" does not exist|could not translate host name|unable to open database file"
+)
+
+
+def _reason(error: BaseException) -> str:
+    """What the driver said, in one line: SQLAlchemy and Optuna put their own words around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return str(redact(lines[0])) if lines else type(error).__name__
+
+
+# The lock
+
+
+def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T]) -> T:
+    """Run `section` while no other worker of study `name` is in one: to propose, take over or tell a trial.
+
+    On PostgreSQL the lock is the database's (an advisory one, so that machines need share nothing else), else a file
+    beside the study's. Both are let go when the holder dies. If the database goes away in the middle, the section is
+    run anew from its beginning under a fresh lock, so it must look at the study before it changes anything.
+    """
+    if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
+        return patiently(lambda: _alone_in_postgres(storage, name, section))
+    path = _lock_path(storage, name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return section()
+    finally:
         os.close(handle)
+
+
+def _alone_in_postgres(storage: RDBStorage, name: str, section: Callable[[], T]) -> T:
+    """All that the section reads and writes goes through the very connection that holds the lock.
+
+    So nothing can be written once the lock is lost: they are lost together. A worker that stands still within its
+    section (suspended, its machine gone) is cut off by the server, and wakes up to that error.
+    """
+    import sqlalchemy as sql
+    from sqlalchemy.orm import Session
+
+    with storage.engine.connect() as connection:
+        connection.detach()  # from the pool: closing it ends the lock, whatever state the section leaves it in
+        connection.execute(sql.text(_LOCK_SETTINGS))
+        connection.execute(sql.text("SELECT pg_advisory_lock(:key)"), {"key": _key(name)})
+        connection.commit()  # the lock is the connection's, not this transaction's
+        sql.event.listen(connection, "before_cursor_execute", _only_on(connection.connection.dbapi_connection))
+        storage.scoped_session.registry.set(Session(bind=connection))
+        _section.is_open = True
+        try:
+            return section()
+        finally:
+            _section.is_open = False
+            storage.scoped_session.remove()
+
+
+def _only_on(locked: Any) -> Callable[..., None]:
+    """SQLAlchemy replaces a connection that broke; here that would be one without the lock."""
+    from sqlalchemy.exc import OperationalError
+
+    def check(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if connection.connection.dbapi_connection is not locked:
+            raise OperationalError(statement, None, ConnectionError("the connection that held the lock is gone"))
+
+    return check
+
+
+_section = threading.local()
+_LOCK_SETTINGS = """
+SELECT set_config(known.name, wanted.value, false) FROM pg_settings AS known JOIN (VALUES
+    ('idle_session_timeout', '5min'), ('idle_in_transaction_session_timeout', '5min'),
+    ('tcp_keepalives_idle', '20'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3')
+) AS wanted (name, value) USING (name)
+"""
+"""Those that this version of PostgreSQL knows."""
+
+
+def _key(name: str) -> int:
+    """A study's number among PostgreSQL's advisory locks."""
+    return int.from_bytes(hashlib.sha256(f"mathverify/{name}".encode()).digest()[:7], "big")
+
+
+def _lock_path(storage: BaseStorage, name: str, folder: Path) -> Path:
+    """Beside the study's file, where every process that shares the file finds it."""
+    if isinstance(storage, JournalStudy):
+        file: Path | None = storage.path
+    else:
+        database = storage.engine.url.database if isinstance(storage, RDBStorage) else None
+        is_file = isinstance(storage, RDBStorage) and storage.engine.dialect.name == "sqlite"
+        file = Path(database) if is_file and database else None
+    if file is None:
+        return folder / ".lock"
+    return file.with_name(f".{file.name}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.lock")

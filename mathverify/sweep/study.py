@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
@@ -19,14 +18,20 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
-from mathverify.records import redact
+from mathverify.files import write_atomic
+from mathverify.records import RESULT, redact
 from mathverify.sweep.samplers import make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Dimension, Space
-from mathverify.sweep.storage import open_storage, shown, study_lock
+from mathverify.sweep.storage import alone, existing_storage, open_storage, shown
+
+T = TypeVar("T")
 
 FACTS = "mathverify"
 """Study attribute: what the study was made of (StudyFacts)."""
+
+MARK = ".study"
+"""File in a study's folder that says whose trials are there: the study's id."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,16 @@ class Session:
     def directions(self) -> list[str]:
         return self.facts.directions
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other worker of the study proposes, takes over or tells meanwhile."""
-        with study_lock(self.storage, self.name, self.folder):
-            yield
+    def alone(self, section: Callable[[], T]) -> T:
+        """Run `section` while no other worker of the study proposes, takes over or tells; see storage.alone."""
+        return alone(self.storage, self.name, self.folder, section)
+
+    @property
+    def budget(self) -> int:
+        """The study's total of trials."""
+        points = self.space.size
+        assert self.settings.n_trials is not None or points is not None
+        return self.settings.n_trials or points or 0
 
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as they are now; not to be changed."""
@@ -98,21 +108,18 @@ def open_session(
     """Open the study, making it if there is none.
 
     Raises:
-        UserError: the storage cannot be opened, or holds a study of this name made of something else.
+        UserError: the storage cannot be opened, or holds a study of this name made of something else; or the folder
+            holds the trials of another study.
     """
     quiet_optuna()
     name = study_name(settings, folder)
+    folder = folder.absolute()  # jobs may change the current folder
     sampler, pruner = make_sampler(settings, space), make_pruner(settings)
     storage = open_storage(settings.storage, folder)
-    ours = StudyFacts(
-        id=secrets.token_hex(8),
-        space={key: distribution_to_json(d.distribution) for key, d in space.dimensions.items()},
-        base=redact(dict(base)),
-        directions=list(directions),
-        objective=list(settings.objective),
-        folder=str(folder.absolute()),
-    )
-    with study_lock(storage, name, folder):
+    ours = _facts(settings, space, directions, base, folder)
+
+    def make_or_check() -> tuple[optuna.Study, StudyFacts]:
+        _refuse_foreign(folder, _loaded(name, storage))
         study = optuna.create_study(
             storage=storage,
             sampler=sampler,
@@ -121,19 +128,94 @@ def open_session(
             directions=cast(Sequence[Literal["minimize", "maximize"]], directions),
             load_if_exists=True,
         )
-        theirs = study.user_attrs.get(FACTS)
-        if theirs is None:
-            if study.get_trials(deepcopy=False):
-                raise UserError(
-                    f"study {name} in {shown(settings.storage)} was made by another program: "
-                    "choose another hydra.sweeper.study_name"
-                )
-            study.set_user_attr(FACTS, ours.to_plain())
-            facts = ours
-        else:
-            facts = StudyFacts(**theirs)
-            _require_same(name, facts, ours)
+        facts = _agreed(study, settings, ours)
+        if FACTS not in study.user_attrs:
+            study.set_user_attr(FACTS, facts.to_plain())
+        if not (folder / MARK).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / MARK, facts.id.encode())
+        return study, facts
+
+    study, facts = alone(storage, name, folder, make_or_check)
     return Session(settings, study, storage, name, folder, space, facts)
+
+
+def look_at_session(
+    settings: Settings, space: Space, directions: tuple[str, ...], base: Mapping[str, Any], folder: Path
+) -> Session:
+    """What `open_session` would open, for a look at it: a study that is not there yet is made in memory only.
+
+    Raises:
+        UserError: as `open_session`.
+    """
+    quiet_optuna()
+    name = study_name(settings, folder)
+    folder = folder.absolute()
+    sampler, pruner = make_sampler(settings, space), make_pruner(settings)
+    ours = _facts(settings, space, directions, base, folder)
+    storage = existing_storage(settings.storage, folder)
+    study = _loaded(name, storage) if storage is not None else None
+    _refuse_foreign(folder, study)
+    if study is None:
+        study = optuna.create_study(directions=cast(Sequence[Literal["minimize", "maximize"]], directions))
+    facts = _agreed(study, settings, ours)
+    study.sampler, study.pruner = sampler, pruner
+    return Session(settings, study, study._storage, name, folder, space, facts)
+
+
+def _facts(
+    settings: Settings, space: Space, directions: tuple[str, ...], base: Mapping[str, Any], folder: Path
+) -> StudyFacts:
+    return StudyFacts(
+        id=secrets.token_hex(8),
+        space={key: distribution_to_json(d.distribution) for key, d in space.dimensions.items()},
+        base=redact(dict(base)),
+        directions=list(directions),
+        objective=list(settings.objective),
+        folder=str(folder),
+    )
+
+
+def _loaded(name: str, storage: BaseStorage) -> optuna.Study | None:
+    try:
+        return optuna.load_study(study_name=name, storage=storage, sampler=RandomSampler(), pruner=NopPruner())
+    except KeyError:
+        return None
+
+
+def _agreed(study: optuna.Study, settings: Settings, ours: StudyFacts) -> StudyFacts:
+    """The facts that hold for a study: its own, once it is sure that ours are the same."""
+    theirs = study.user_attrs.get(FACTS)
+    if theirs is not None:
+        _require_same(study.study_name, StudyFacts(**theirs), ours)
+        return StudyFacts(**theirs)
+    if study.get_trials(deepcopy=False):
+        raise UserError(
+            f"study {study.study_name} in {shown(settings.storage)} was made by another program: "
+            "choose another hydra.sweeper.study_name"
+        )
+    return ours
+
+
+def _refuse_foreign(folder: Path, study: optuna.Study | None) -> None:
+    """Raise UserError when the trial folders here are not this study's: a run in one of them would be mixed up."""
+    trials = sorted(f.name for f in folder.glob("*") if (f / ".hydra").is_dir() or (f / RESULT).is_file())
+    if not trials:
+        return
+    owner = (folder / MARK).read_text().strip() if (folder / MARK).exists() else None
+    facts, known = (None, 0) if study is None else (study.user_attrs.get(FACTS), len(study.get_trials(deepcopy=False)))
+    ours = owner == facts["id"] if owner and facts else known > 0 and all(_is_of(name, known) for name in trials)
+    if not ours:
+        whose = "another study's trials" if owner else "trials that are in no study"
+        raise UserError(
+            f"{folder}: holds {whose} ({', '.join(trials[:3])}{', ...' if len(trials) > 3 else ''}): choose another "
+            "folder (hydra.sweep.dir=...) or another hydra.sweeper.study_name, or delete what is there"
+        )
+
+
+def _is_of(name: str, known: int) -> bool:
+    """Whether a trial's folder may be one of that many trials: ours are called by their numbers."""
+    return not name.isdigit() or int(name) < known
 
 
 def open_existing(settings: Settings, folder: Path, sampler: BaseSampler | None = None) -> Session:
@@ -144,7 +226,7 @@ def open_existing(settings: Settings, folder: Path, sampler: BaseSampler | None 
     """
     quiet_optuna()
     name = study_name(settings, folder)
-    storage = open_storage(settings.storage, folder)
+    storage = open_storage(settings.storage, folder, patient=True)
     try:
         study = optuna.load_study(
             study_name=name, storage=storage, sampler=sampler or RandomSampler(), pruner=NopPruner()

@@ -7,7 +7,6 @@ done and some of its trials failed; 130 interrupted, the same command continues.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
@@ -32,9 +32,9 @@ from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Heart, Worker
 from mathverify.sweep.proposals import Job, Nothing, Proposer, is_failure
 from mathverify.sweep.settings import Settings, read_settings
-from mathverify.sweep.space import parse_space, quoted
-from mathverify.sweep.storage import STORAGE_VARIABLE, shown
-from mathverify.sweep.study import Session, open_session
+from mathverify.sweep.space import Space, parse_space, quoted
+from mathverify.sweep.storage import briefly, hidden_storage, hide_password, shown
+from mathverify.sweep.study import Session, look_at_session, open_session
 from mathverify.sweep.summary_run import sampler_name, send_summary
 from mathverify.sweep.workers import is_worker, run_workers
 from mathverify.tracking import uploads_in_background
@@ -66,20 +66,22 @@ def sweep(
         SystemExit: see the module's exit codes; not raised for 0.
     """
     settings = read_settings(keys)
+    _hide_password(settings, config)
     if settings.dry_run:
         return _dry_run(settings, context, config, arguments)
     folder = study_folder(settings, config)
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
+    _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
-    _hide_password(settings, config)
     remember(session)
     if not is_worker():
         _write_multirun(config, session.folder)
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
-    proposer.ended = lambda trial: report.say(report.trial_line(session, trial))
+    proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
     with uploads_in_background():
         try:
             with _interruptible():
@@ -91,24 +93,32 @@ def sweep(
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
     """Check everything and show the plan; leave nothing behind."""
-    import tempfile
-    from dataclasses import replace
-
     space = parse_space(settings.params, arguments, context.config_loader, settings.is_grid)
     composer = Composer(context.config_loader, config, space)
+    _require_budget(settings, space)
+    _require_custom(settings)
     validated = composer.preflight()
     folder = study_folder(settings, config)
-    there = settings.storage is None and (folder / "study.journal").exists()
-    if settings.storage is not None or there:  # an existing study is looked at, and only looked at
-        session = open_session(settings, space, directions(settings, config), composer.base(), folder)
-        report.say(report.plan(session, composer, validated))
-    else:
-        with tempfile.TemporaryDirectory() as empty:
-            made = replace(settings, study_name=settings.study_name or folder.name)
-            session = open_session(made, space, directions(settings, config), composer.base(), Path(empty))
-            session.folder = folder
-            report.say(report.plan(session, composer, validated))
+    session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
+    report.say(report.plan(session, composer, validated))
     report.say("dry run: nothing was started (hydra.sweeper.dry_run=true)")
+
+
+def _require_budget(settings: Settings, space: Space) -> None:
+    if settings.n_trials is None and (space.size is None or settings.custom_search_space is not None):
+        raise UserError(
+            "hydra.sweeper.n_trials = null means every point of the space, and this space cannot be counted: "
+            "give a number"
+        )
+
+
+def _require_custom(settings: Settings) -> None:
+    if (custom := settings.custom_search_space) is not None:
+        try:
+            get_method(custom)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra.sweeper.custom_search_space = {custom}: no such function: {reason}") from None
 
 
 # Running
@@ -171,14 +181,16 @@ def _batches(proposer: Proposer, launcher: Any, size: int) -> None:
 
 
 def _launch(proposer: Proposer, launcher: Any, jobs: Sequence[Job]) -> None:
-    error: str | None = None
-    returns: Sequence[JobReturn] = []
     try:
-        returns = launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=jobs[0].number)
+        returns: Sequence[JobReturn] = launcher.launch(
+            [list(job.overrides) for job in jobs], initial_job_idx=jobs[0].number
+        )
     except Exception as trouble:  # a launcher that lost a job raises; the study knows how each trial ended
-        error = f"the launcher failed: {type(trouble).__name__}: {' '.join(str(redact(str(trouble))).split())[:300]}"
+        words = " ".join(str(redact(str(trouble))).split())[:300]
+        proposer.launch_failed(jobs, f"the launcher failed: {type(trouble).__name__}: {words}")
+        return
     for place, job in enumerate(jobs):
-        own = error
+        own = None
         if place < len(returns) and returns[place].status is JobStatus.FAILED:
             failure = returns[place]._return_value
             own = f"{type(failure).__name__}: {' '.join(str(redact(str(failure))).split())[:300]}"
@@ -212,10 +224,15 @@ def _interruptible() -> Iterator[None]:
 def _interrupted(proposer: Proposer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # the last words may be said in peace
         signal.signal(number, signal.SIG_IGN)
-    held = proposer.give_back()
+    try:
+        with briefly():
+            held = proposer.give_back()
+            which = f"trial {', '.join(map(str, held))} is saved" if held else "all that was done is saved"
+            last = f"{which}; {report.summary(proposer.session)}"
+    except UserError as error:  # what could not be given back is found later to be nobody's
+        last = str(error)
     if not is_worker():
-        which = f"trial {', '.join(map(str, held))} is saved" if held else "all that was done is saved"
-        report.say(f"interrupted: {which}; {report.summary(proposer.session)}")
+        report.say(f"interrupted: {last}")
         report.say(f"continue with: {report.continuing_command()}")
     sys.exit(INTERRUPTED)
 
@@ -267,7 +284,7 @@ def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
         extras.append(f"hydra.sweep.subdir={quoted(str(number))}")  # a batch's own numbering may have gaps
     if session.settings.study_name is None:
         extras.append(f"hydra.sweeper.study_name={quoted(session.name)}")
-    if STORAGE_VARIABLE in os.environ:
+    if hidden_storage() is not None:
         extras.append(f"hydra.sweeper.storage={quoted(shown(session.settings.storage))}")
     if OmegaConf.get_type(config) is RunConfig and config.tracking.group is None:
         extras.append(f"tracking.group={quoted(session.name)}")
@@ -278,12 +295,11 @@ def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
 
 def _hide_password(settings: Settings, config: DictConfig) -> None:
     """Keep a storage URL's password out of every config that Hydra writes; jobs get it through their environment."""
-    if not isinstance(settings.storage, str) or shown(settings.storage) == settings.storage:
+    if not hide_password(settings.storage):
         return
-    os.environ[STORAGE_VARIABLE] = settings.storage
     with open_dict(config):
         config.hydra.sweeper.storage = shown(settings.storage)
-        kept = [o for o in config.hydra.overrides.hydra if not o.lstrip("+").startswith("hydra.sweeper.storage=")]
+        kept = [o for o in config.hydra.overrides.hydra if not o.lstrip("+").startswith("hydra.sweeper.storage")]
         config.hydra.overrides.hydra = kept
 
 

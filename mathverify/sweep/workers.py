@@ -29,7 +29,8 @@ def run_workers(count: int) -> list[int]:
     killed outright, the workers get SIGTERM from the kernel.
     """
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    environment = {"OMP_NUM_THREADS": threads} | os.environ
+    # Not a terminal to rich: the bars of several processes would overwrite each other.
+    environment = {"OMP_NUM_THREADS": threads, "TTY_COMPATIBLE": "0"} | os.environ
     workers = [
         subprocess.Popen(
             sys.orig_argv,

@@ -103,7 +103,7 @@ def outages_become_one_warning(run_dir: Path) -> Iterator[None]:
 
 
 def set_up(terminal: Warnings | None) -> None:
-    """Have W&B's service process running, for this process alone; what it says goes to `terminal`, or nowhere."""
+    """Have W&B's service process running, for this process alone; what it would print goes to `terminal` or nowhere."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its own telemetry, which complains aloud of outages
     import wandb
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mathverify.compare.__main__ import main
 from mathverify.compare.table import _latex, _markdown, _unarmed
 from mathverify.config import TrackingConfig
 from mathverify.records import Status
+from tests.test_records import json_trees
 
 from .conftest import Make, TestRows, config_of
 
@@ -120,7 +121,7 @@ def test_hostile_names_are_harmless_everywhere(make: Make, tmp_path: Path) -> No
     assert not any(cell[:1] in "=+-@" and not re.fullmatch(r"-?[\d.e-]+", cell) for row in rows for cell in row if cell)
     for line in texts[2].splitlines():
         if line.startswith("|"):
-            assert len(re.findall(r"(?<!\\)\|", line)) - 1 in (8, 10, 12)
+            assert len(re.findall(r"(?<!\\)\|", line)) - 1 in (8, 10, 11, 12)
     bare = re.sub(
         r"\\textbackslash\{\}|\\[&%#_{}$]|\\hline|\\tabularnewline|\\(begin|end)\{tabular\}(\{\w+\})?|\{\[\}|\{\]\}",
         "",
@@ -152,6 +153,26 @@ def test_other_confidences_are_measured_again(sweep: Path, tmp_path: Path) -> No
             assert wide[name] == narrow[name]
 
 
+@pytest.mark.slow
+def test_report_and_figures_are_written_with_what_the_terminal_says(sweep: Path, tmp_path: Path) -> None:
+    page, folder = tmp_path / "new" / "report.html", tmp_path / "figures"
+    done = command(str(sweep), "--report", str(page), "--figures", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "winner: rank=64 alpha=64" in page.read_text()
+    assert {path.suffix for path in folder.iterdir()} == {".svg", ".png", ".md"}
+
+
+def test_without_its_packages_a_report_is_refused_at_once(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(sweep), "--report", "report.html"]) == 2
+    said = capsys.readouterr()
+    assert (
+        said.out == "" and said.err == "error: --report needs altair and vl_convert: pip install 'mathverify[report]'\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -164,14 +185,17 @@ def test_other_confidences_are_measured_again(sweep: Path, tmp_path: Path) -> No
         (["SWEEP", "--resamples", "3"], "--resamples 3 is not possible"),
         (["SWEEP", "--limit", "-1"], "below 0"),
         (["SWEEP", "--limit", "many"], "invalid int value"),
-        (["postgresql://u:hunter2@127.0.0.1:1/none"], "cannot be opened as a study"),
+        (["postgresql://u:hunter2@127.0.0.1:1/none"], "cannot be read as a study"),
+        (["nosuch://u:hunter2@host/x"], "cannot be read as a study"),
+        (["journal://SWEEP/16-1/result.json"], "cannot be read as a study"),
+        (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
         ([], "required: PLACE"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(sweep: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing"), "SWEEP": str(sweep)}
-    done = command(*(places.get(word, word) for word in arguments))
+    done = command(*(places.get(word, word.replace("SWEEP", str(sweep))) for word in arguments))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.search(says, line) and line.startswith("error: ")
@@ -206,6 +230,31 @@ def test_it_reads_a_studys_journal_by_url(make: Make, tmp_path: Path) -> None:
     assert (folder / "study.journal").read_bytes() == before
     wrong = command(f"journal://{folder}/study.journal#other")
     assert wrong.returncode == 2 and "no study other" in wrong.stderr and "'ranks'" in wrong.stderr
+
+
+WHOLE: dict[str, object] = {}
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_record_with_any_field_replaced_stops_nobody(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject
+) -> None:
+    """Every comparison ends with its tables and without a traceback, whatever one of the records says."""
+    if not (tmp_path / "runs").exists():
+        make("runs/good", config_of(rank=64))
+        WHOLE.update(json.loads((make("runs/odd", config_of(rank=16)) / "result.json").read_text()))
+    plain = json.loads(json.dumps(WHOLE))
+    place = plain
+    for _ in range(data.draw(st.integers(0, 3))):
+        inner = [key for key, value in place.items() if isinstance(value, dict) and value]
+        if not inner:
+            break
+        place = place[data.draw(st.sampled_from(inner))]
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(json_trees)
+    (tmp_path / "runs/odd/result.json").write_text(json.dumps(plain))
+    assert main([str(tmp_path / "runs"), "--resamples", "100", "--table", str(tmp_path / "x.csv")]) == 0
+    assert "good" in capsys.readouterr().out
 
 
 def test_comparing_imports_neither_torch_nor_optuna(sweep: Path) -> None:

@@ -164,11 +164,17 @@ def test_the_seeds_it_asks_for_settle_four_of_five(paired: bool) -> None:
 
 
 def test_needs_name_what_helps() -> None:
-    """Where seeds scatter, rows alone do not settle it; where seeds agree, they alone do not."""
+    """Where seeds scatter, rows alone do not settle it; where both are scarce, it takes both."""
     scattered = compare_seeded(*World(8, luck=0.6).draw(3, 2000, gain=0.2), np.ones(2000), paired=False)
     needs = needs_of_seeded(scattered, 2000, 0.05)
     assert needs.seeds is not None and needs.seeds > 3
     assert needs.rows is None
+    scarce = compare_seeded(*World(20, luck=0.6).draw(2, 60, gain=0.4), np.ones(60), paired=False)
+    needs = needs_of_seeded(scarce, 60, 0.05)
+    assert needs.rows is needs.seeds is None and needs.both is not None
+    rows, seeds = needs.both
+    assert power_of(scarce.difference, scarce.components, seeds, rows, 0.05) >= 0.8
+    assert power_of(scarce.difference, scarce.components, seeds - 1, rows - 30, 0.05) < 0.8
     nothing = compare_seeded(np.ones((2, 9)), np.ones((2, 9)), np.ones(9), paired=True)
     assert needs_of_seeded(nothing, 9, 0.05).seeds is None
 

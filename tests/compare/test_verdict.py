@@ -11,7 +11,7 @@ import pytest
 from mathverify.compare.reading import read_runs
 from mathverify.compare.verdict import By, Outcome, Verdict, judge
 from mathverify.compare.wording import rounded, sentences
-from mathverify.config import TrainConfig
+from mathverify.config import EvaluateConfig, LoraConfig, TrainConfig
 from mathverify.records import Status
 
 from .conftest import Make, TestRows, config_of
@@ -184,6 +184,27 @@ def test_a_single_seed_among_many_is_not_tested_and_forbids_a_winner(make: Make)
     )
 
 
+def test_how_a_run_is_judged_makes_no_other_configuration(make: Make) -> None:
+    places = [
+        make("a", config_of(seed=1), ROWS),
+        make(
+            "b",
+            config_of(seed=2, evaluate=EvaluateConfig(resamples=500), train=TrainConfig(max_steps=100, eval_every=9)),
+            ROWS,
+        ),
+    ]
+    verdict = verdict_of(places)
+    assert [len(entry.runs) for entry in verdict.entries] == [2]
+    assert sentences(verdict)[0].startswith("the one configuration (") and "over 2 seeds" in sentences(verdict)[0]
+
+
+def test_training_on_other_rows_is_said(make: Make) -> None:
+    places = three(make, 0.9, 0.8, 0.7)
+    record = places[0] / "result.json"
+    record.write_text(record.read_text().replace("d" * 32, "e" * 32))
+    assert any("differ in the rows or prompts" in note for note in verdict_of(places).notes)
+
+
 def test_one_run_has_nothing_to_be_compared_with(make: Make) -> None:
     assert sentences(verdict_of([make("one")]))[0].endswith("nothing to compare it with")
 
@@ -248,3 +269,15 @@ def test_equal_training_needs_no_note(make: Make) -> None:
 )
 def test_plans_are_rounded_up_to_two_digits(number: int, text: str) -> None:
     assert rounded(number) == text
+
+
+def test_names_are_short_whatever_differs(make: Make) -> None:
+    """Settings that only runs of another test set differ in name nothing here; long ones give way to the run."""
+    wide = [
+        LoraConfig(rank=8 * k, alpha=2.0 * k, dropout=k / 10, target_modules=["q_proj", "v_proj"][:k]) for k in (1, 2)
+    ]
+    places = [make(f"w{k}", config_of(lora=lora), ROWS) for k, lora in enumerate(wide)]
+    places += [make(f"b{batch}", config_of(batch=batch), TestRows(seed=9)) for batch in (2, 4)]
+    verdicts = judge(read_runs(places), resamples=100)
+    names = [{verdict.name(entry) for entry in verdict.entries} for verdict in verdicts]
+    assert names == [{"run w0", "run w1"}, {"batch_size=2", "batch_size=4"}]

@@ -10,7 +10,7 @@ import pytest
 from mathverify.errors import UserError
 from mathverify.sweep.plugin import PRUNERS, SAMPLERS
 from mathverify.sweep.proposals import suggest
-from mathverify.sweep.samplers import make_pruner, make_sampler
+from mathverify.sweep.samplers import left_out, make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import parse_space
 
@@ -70,3 +70,49 @@ def test_a_grid_over_a_continuous_dimension_is_refused() -> None:
 def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(UserError, match=r"optuna\.samplers\.Nope"):
         make_sampler(Settings(sampler={"_target_": "optuna.samplers.Nope"}), parse_space({}, NUMBERS))
+
+
+TPE = {"_target_": "optuna.samplers.TPESampler"}
+
+
+@pytest.mark.parametrize(
+    ("what", "component", "says"),
+    [
+        ("sampler", TPE | {"n_startup_trails": 3}, r"sampler\.n_startup_trails = 3: .*did you mean n_startup_trials"),
+        ("pruner", {"_target_": "optuna.pruners.MedianPruner", "n_warmup": 1}, r"pruner\.n_warmup = 1: MedianPruner"),
+    ],
+)
+def test_a_mistyped_argument_is_refused_with_what_was_meant(what: str, component: dict[str, Any], says: str) -> None:
+    arguments: dict[str, Any] = {"sampler": TPE, what: component}
+    made = Settings(**arguments)
+    with pytest.raises(UserError, match=says) as error:
+        make_sampler(made, parse_space({}, NUMBERS)), make_pruner(made)
+    assert "\n" not in str(error.value)
+
+
+def test_an_argument_of_another_pruner_is_left_out_and_named() -> None:
+    """As when the command line puts another pruner on a study of sweeps/."""
+    made = Settings(
+        TPE, pruner={"_target_": "optuna.pruners.HyperbandPruner", "n_startup_trials": 4, "min_resource": 1}
+    )
+    assert isinstance(make_pruner(made), optuna.pruners.HyperbandPruner)
+    assert left_out(made) == ["hydra.sweeper.pruner: HyperbandPruner takes no n_startup_trials = 4: left out"]
+
+
+def test_what_this_optuna_has_dropped_is_left_out_and_named() -> None:
+    made = Settings({"_target_": "optuna.samplers.MOTPESampler", "seed": 1, "n_ehvi_candidates": 12})
+    make_sampler(made, parse_space({}, NUMBERS))
+    assert left_out(made) == ["hydra.sweeper.sampler: TPESampler takes no n_ehvi_candidates = 12: left out"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_a_group_sets_by_itself_is_no_news(name: str) -> None:
+    assert left_out(settings(name)) == []
+    random = settings(name).sampler | {"_target_": "optuna.samplers.RandomSampler", "n_startup_trials": 10}
+    assert left_out(Settings(random)) == []
+
+
+def test_a_grid_takes_no_custom_search_space() -> None:
+    made = Settings(SAMPLERS["grid"], custom_search_space="some.function")
+    with pytest.raises(UserError, match=r"custom_search_space .* grid"):
+        make_sampler(made, parse_space({}, ["x=choice(1,2)"], grid=True))

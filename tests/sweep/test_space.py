@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from mathverify.config import LoraConfig
 from mathverify.errors import UserError
+from mathverify.sweep import lora_scale
 from mathverify.sweep.settings import read_settings
 from mathverify.sweep.space import parse_space, value_text
 
@@ -50,6 +54,39 @@ def test_the_command_line_holds_over_params_and_fixes_what_they_search() -> None
     assert list(space.dimensions) == ["y"]
     assert space.fixed == ("x=0.5", "~z", "+w=3")
     assert space.size == 2
+
+
+def test_a_way_to_give_alpha_on_the_command_line_takes_the_place_of_the_studys() -> None:
+    space = parse_space({"lora.alpha": "choice(16,32)", "x": "choice(1,2)"}, ["lora.alpha_per_rank=choice(1,2)"])
+    assert list(space.dimensions) == ["x", "lora.alpha_per_rank"]
+    both = parse_space({}, ["lora.alpha=1,2", "lora.alpha_per_rank=1,2"])
+    with pytest.raises(UserError, match=r"lora\.alpha_per_rank and lora\.alpha are both searched"):
+        lora_scale.searched(list(both.dimensions))
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_equal_ratios_are_equal_scales_at_every_rank(rank: int) -> None:
+    def scale(key: str) -> float:
+        plain = dict(o.split("=") for o in lora_scale.alpha_overrides(key, 2.0, rank))
+        return LoraConfig(rank, float(plain["lora.alpha"]), rslora=plain.get("lora.rslora") == "true").scale
+
+    assert scale(lora_scale.PER_RANK) == pytest.approx(2.0)
+    assert scale(lora_scale.PER_SQRT_RANK) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("storage", "whole"),
+    [
+        ("sqlite:///study.db", "sqlite:////there/study.db"),
+        ("sqlite:////abs/study.db", "sqlite:////abs/study.db"),
+        ("journal://a/b.log", "journal:///there/a/b.log"),
+        ("postgresql://host/db", "postgresql://host/db"),
+        (None, None),
+    ],
+)
+def test_a_storage_file_is_the_same_file_from_every_folder(storage: str | None, whole: str | None) -> None:
+    keys = {"sampler": {"_target_": "optuna.samplers.TPESampler"}, "storage": storage}
+    assert read_settings(keys, Path("/there")).storage == whole
 
 
 @pytest.mark.parametrize("text", ["x=choice(1,1)", "x=tag(log,interval(0,1))", "x=interval(2,1)"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 
@@ -93,22 +94,43 @@ def test_killed_outright_and_continued_it_ends_like_an_uninterrupted_study(progr
     assert len(program.calls) <= 7 + 2  # only what was cut short ran twice
 
 
+def test_a_folder_with_trials_of_another_study_is_refused_and_left_alone(program: Program) -> None:
+    program.sweep(*SPACE, "hydra.sweeper.n_trials=2")
+    folder = program.folder / "multirun/s"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".flock"}
+    other = [
+        *SPACE,
+        "hydra.sweeper.study_name=other",
+        "hydra.sweep.dir=multirun/s",
+        "hydra.sweeper.storage=sqlite:///o.db",
+    ]
+    for arguments in (other, [*other, "hydra.sweeper.dry_run=true"]):
+        out = program.sweep(*arguments, code=2)
+        (line,) = [line for line in out.splitlines() if line.strip()]
+        assert line.startswith(f"error: {folder}: holds another study's trials (0, 1): choose another folder")
+    assert {path: path.read_bytes() for path in before} == before
+    (folder / "study.journal").unlink()
+    (folder / ".study").unlink()
+    assert "holds trials that are in no study (0, 1)" in program.sweep(*SPACE, code=2)
+
+
+def test_a_dry_run_makes_no_database(program: Program) -> None:
+    program.sweep(*SPACE, "hydra.sweeper.storage=sqlite:///o.db", "hydra.sweeper.dry_run=true")
+    assert not (program.folder / "o.db").exists()
+    program.sweep(*SPACE, "hydra.sweeper.storage=sqlite:///o.db", "hydra.sweeper.n_trials=2")
+    out = program.sweep(
+        *SPACE, "hydra.sweeper.storage=sqlite:///o.db", "hydra.sweeper.dry_run=true", "hydra.sweeper.n_trials=5"
+    )
+    assert "budget    5 trials, 2 done" in out
+    assert re.search(r"cost      .* a trial so far; .* for the 3 left", out)
+
+
 def test_a_torn_last_line_of_the_journal_is_cut_off(program: Program) -> None:
     program.sweep(*SPACE, "hydra.sweeper.n_trials=2")
     with (program.folder / "multirun/s/study.journal").open("a") as file:
         file.write('{"op_code": 5, "worker')
     program.sweep(*SPACE, "hydra.sweeper.n_trials=3")
     assert len(program.trials()) == 3
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe", "grid"])
-def test_no_point_runs_twice_and_a_finished_space_ends_the_study(program: Program, sampler: str) -> None:
-    out = program.sweep(
-        "x=choice(1,2)", "y=choice(1,2,3)", f"hydra/sweeper/sampler={sampler}", "hydra.sweeper.n_trials=20"
-    )
-    points = [(x, y) for _, x, y in program.calls]
-    assert len(points) == len(set(points)) == 6
-    assert "all 6 points of the space are done" in out
 
 
 def test_points_that_mean_the_same_run_once(program: Program) -> None:
@@ -122,10 +144,24 @@ def test_asked_to_train_repetitions_it_does(program: Program) -> None:
 
 
 def test_a_repetition_may_be_told_instead_of_run(program: Program) -> None:
+    """Told, it takes a place of the budget with the earlier value; asked again, as by default, it does not."""
     program.sweep(
         "x=tag(log,int(interval(1,3)))", "y=choice(1,2)", "hydra.sweeper.duplicates=tell", "hydra.sweeper.n_trials=8"
     )
-    assert len(program.calls) == len({(x, y) for _, x, y in program.calls})
+    trials = program.trials()
+    assert len(program.calls) == len({(x, y) for _, x, y in program.calls}) < len(trials) == 8
+    told = [t for t in trials if "duplicate_of" in t.user_attrs]
+    assert told
+    assert all(t.value == trials[t.user_attrs["duplicate_of"]].value for t in told)
+
+
+def test_repeated_proposals_take_no_place_and_are_named(program: Program) -> None:
+    out = program.sweep("x=choice(1,2,3,4,5,6)", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=6")
+    assert sorted(x for _, x, _ in program.calls) == [1, 2, 3, 4, 5, 6]
+    turned_down = [t for t in program.trials() if "duplicate_of" in t.user_attrs]
+    assert turned_down
+    assert all(f"#{t.number} (as #{t.user_attrs['duplicate_of']})" in out for t in turned_down)
+    assert "6 trials: 6 completed, 0 pruned, 0 failed" in out
 
 
 def test_the_first_failures_being_all_alike_stop_the_sweep(program: Program) -> None:

@@ -1,0 +1,138 @@
+"""A job on its way through a pack: what Hydra and a study do around a task, cut in two at the task.
+
+Between `begin` and `end` lies the training, which a pack does for many tickets at once. What a job leaves behind, and
+how its trial ends in a study, is as with Hydra's basic launcher and attempt.TrialTask. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus, run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict
+
+from mathverify import entry
+from mathverify.config import RunConfig
+from mathverify.judge import Judge, nobody
+from mathverify.sweep.attempt import ERROR_FILE, Attempt, TrialFailed
+from mathverify.sweep.grouping import base_key
+from mathverify.sweep.lease import leased_device
+from mathverify.sweep.outcome import End
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job: its number, its config as composed, and whom to tell when it has come back.
+
+    settle: called once with None, or with why the job came to nothing before its trial was claimed. job: what Hydra
+    gets back, once it has begun. folder: the run's. attempt: in a study, once the trial is claimed.
+    """
+
+    number: int
+    composed: DictConfig
+    context: HydraContext
+    settle: Callable[[str | None], None]
+    config: RunConfig
+    job: JobReturn | None = None
+    folder: Path = field(default_factory=Path)
+    attempt: Attempt | None = None
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        overrides: Sequence[str],
+        master: DictConfig,
+        context: HydraContext,
+        settle: Callable[[str | None], None] = lambda error: None,
+    ) -> Ticket:
+        """Compose a job's config; nothing is written yet.
+
+        Raises:
+            UserError: the config is impossible.
+        """
+        composed = context.config_loader.load_sweep_config(master, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.id = composed.hydra.job.num = number
+        return cls(number, composed, context, settle, entry.to_run_config(composed))
+
+    @property
+    def base(self) -> str:
+        """Equal for tickets that can train together."""
+        return base_key(self.config)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.job is not None
+
+    @property
+    def judge(self) -> Judge:
+        return nobody if self.attempt is None else self.attempt.judge
+
+    def begin(self) -> bool:
+        """Make the job's folder as Hydra does, and claim its trial; False when that failed, and the job has ended."""
+        context = HydraContext(self.context.config_loader, cast(Any, _OnlyStart(self.context.callbacks)))
+        self.job = run_job(
+            task_function=self._opened,
+            config=self.composed,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=context,
+        )
+        if self.job.status is JobStatus.FAILED:
+            self.end(error=self.job._return_value)
+            return False
+        return True
+
+    def _opened(self, config: DictConfig) -> None:
+        """Where Hydra would run the task."""
+        hydra = HydraConfig.get()
+        self.folder = Path(hydra.runtime.output_dir)
+        attempt = Attempt.of(hydra)
+        if attempt is not None:
+            attempt.claim()
+            self.attempt = attempt
+            (self.folder / ERROR_FILE).unlink(missing_ok=True)
+            if attempt.session.settings.lease_devices:
+                leased_device(config)
+        self.config = entry.to_run_config(config)
+
+    def end(self, value: float | None = None, error: Exception | None = None) -> None:
+        """The run is over: it came to `value`, or broke with `error`."""
+        assert self.job is not None
+        self.job.return_value, self.job.status = value, JobStatus.COMPLETED
+        if error is not None:
+            entry.refuse(self.folder, error, is_trial=self.attempt is not None)
+            self.job.return_value, self.job.status = error, JobStatus.FAILED
+        if self.attempt is not None:
+            outcome = (
+                self.attempt.returned(self.folder, value) if error is None else self.attempt.raised(self.folder, error)
+            )
+            self.attempt.ended(outcome)
+            if outcome.end is End.failed:
+                self.job.return_value, self.job.status = TrialFailed(outcome.reason), JobStatus.FAILED
+        self.context.callbacks.on_job_end(config=self.composed, job_return=self.job)
+        self.settle(str(error) if error is not None and self.attempt is None else None)
+
+    def release(self) -> None:
+        """Interrupted: whoever comes next continues it."""
+        if self.attempt is not None:
+            self.attempt.released()
+
+
+class _OnlyStart:
+    """Hydra's callbacks for a job whose end comes later."""
+
+    def __init__(self, callbacks: Any) -> None:
+        self._callbacks = callbacks
+
+    def on_job_start(self, **facts: Any) -> None:
+        self._callbacks.on_job_start(**facts)
+
+    def on_job_end(self, **facts: Any) -> None:
+        """Said by Ticket.end."""

@@ -1,0 +1,287 @@
+"""Workers that share a study in a real PostgreSQL (or a journal file), which are killed, and whose database restarts."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from mathverify.errors import UserError
+from mathverify.sweep import storage as storages
+from mathverify.sweep.storage import alone, hide_password, open_storage, patience, shown
+
+from ..services import PASSWORD, Postgres, postgres_server, wait_until
+from .conftest import Program
+
+SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A server that this test alone restarts."""
+    with postgres_server() as server:
+        yield server
+
+
+def trials_in(storage: str | None, program: Program) -> list[FrozenTrial]:
+    opened = open_storage(storage, program.folder / "multirun/s")
+    return optuna.load_study(study_name="s", storage=opened).trials
+
+
+def several(program: Program, count: int, *overrides: str) -> list[subprocess.Popen[str]]:
+    """The same command `count` times; what each says goes to its own file, as a full pipe would stop it."""
+    workers = []
+    for place in range(count):
+        with (program.folder / f"worker{place}.txt").open("w") as said:
+            workers.append(program.start(*SPACE, *overrides, said=said))
+    return workers
+
+
+def finish(program: Program, workers: list[subprocess.Popen[str]], killed: set[int], seconds: float) -> None:
+    for place, worker in enumerate(workers):
+        worker.wait(seconds)
+        said = (program.folder / f"worker{place}.txt").read_text()
+        assert worker.returncode == (-signal.SIGKILL if place in killed else 0), said
+        assert "Traceback" not in said
+
+
+def check_each_once(program: Program, trials: list[FrozenTrial], count: int, cut_short: int) -> None:
+    """Every trial of the budget is told once, with its own value, and only what was cut short ran a second time."""
+    assert [t.number for t in trials] == list(range(count))
+    assert {t.state for t in trials} == {TrialState.COMPLETE}
+    assert all(t.value == pytest.approx(t.params["x"] ** 2 + t.params["y"]) for t in trials)
+    calls = Counter(number for number, _, _ in program.calls)
+    assert set(calls) == set(range(count))
+    assert sum(calls.values()) <= count + cut_short
+    points = {(x, y) for _, x, y in program.calls}
+    assert len(points) == count
+
+
+def wait_for_calls(program: Program, count: int) -> None:
+    wait_until(lambda: len(program.calls) >= count, f"{count} trials have begun", seconds=240, poll=0.02)
+
+
+@pytest.mark.long
+def test_four_workers_start_one_study_at_once_and_one_is_killed(program: Program, postgres: Postgres) -> None:
+    url = postgres.database()
+    workers = several(program, 4, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=24", "seconds=0.3")
+    wait_for_calls(program, 8)
+    workers[1].kill()
+    finish(program, workers, {1}, 120)
+    check_each_once(program, trials_in(url, program), 24, cut_short=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["postgres", "journal"])
+def test_eight_workers_200_trials_two_killed_and_the_database_restarted(
+    program: Program, where: str, request: pytest.FixtureRequest
+) -> None:
+    server: Postgres | None = request.getfixturevalue("own_postgres") if where == "postgres" else None
+    url = server.database() if server is not None else None
+    storage = [f"hydra.sweeper.storage={url}"] if url is not None else []
+    workers = several(program, 8, *storage, "hydra.sweeper.n_trials=200", "seconds=0.02")
+    for victim, how in [(0, signal.SIGINT), (5, signal.SIGQUIT)]:
+        wait_for_calls(program, 30 + 14 * victim)
+        workers[victim].kill()
+        wait_for_calls(program, 60 + 14 * victim)
+        if server is not None:
+            server.restart(how)
+    finish(program, workers, {0, 5}, 300)
+    check_each_once(program, trials_in(url, program), 200, cut_short=2)
+
+
+@pytest.mark.long
+def test_a_worker_that_loses_the_lock_writes_nothing_more(postgres: Postgres, tmp_path: Path) -> None:
+    """Fencing: between losing its connection and beginning anew, a section's writes come to nothing."""
+    url = postgres.database()
+    database = url.rpartition("/")[2]
+    study = optuna.create_study(storage=open_storage(url, tmp_path), study_name="s")
+    storage: Any = study._storage._backend  # type: ignore[attr-defined]
+    others_turn: list[int] = []
+    tries: list[int] = []
+
+    def other() -> None:
+        alone(open_storage(url, tmp_path), "s", tmp_path, lambda: others_turn.append(len(study.trials)))
+
+    def section() -> int:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            storage.set_study_user_attr(study._study_id, "before", 1)
+            postgres.sql(
+                f"SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+                f"WHERE locktype = 'advisory' AND datname = '{database}' AND granted"
+            )
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(30)
+            assert others_turn, "the lock of a lost connection is free"
+            for _ in range(2):  # Optuna itself tries a second time
+                with pytest.raises(optuna.exceptions.StorageInternalError):
+                    storage.set_study_user_attr(study._study_id, "after", 1)
+        study.ask()
+        return len(tries)
+
+    assert alone(storage, "s", tmp_path, section) == 2
+    assert study.user_attrs == {"before": 1}
+    assert len(study.trials) == 1
+
+
+@pytest.mark.long
+def test_a_section_shuts_out_another_process_until_it_ends(postgres: Postgres, tmp_path: Path) -> None:
+    url = postgres.database()
+    first, second = open_storage(url, tmp_path), open_storage(url, tmp_path)
+    order: list[str] = []
+
+    def slow() -> None:
+        order.append("first in")
+        time.sleep(0.5)
+        order.append("first out")
+
+    thread = threading.Thread(target=lambda: alone(first, "s", tmp_path, slow))
+    thread.start()
+    wait_until(lambda: bool(order), "the first is in", poll=0.01)
+    alone(second, "another study", tmp_path, lambda: order.append("another study"))
+    alone(second, "s", tmp_path, lambda: order.append("second"))
+    thread.join()
+    assert order == ["first in", "another study", "first out", "second"]
+
+
+@pytest.mark.long
+def test_a_database_that_stays_away_ends_the_sweep_with_one_line(
+    own_postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = own_postgres.database()
+    study = optuna.create_study(storage=open_storage(url, tmp_path), study_name="s")
+    own_postgres.stop()
+    with pytest.raises(UserError, match=r"does not answer .*the same command again, which continues"), patience(1):
+        _ = study.trials
+    with pytest.raises(UserError, match=r"cannot be opened: .*connection"):
+        open_storage(url, tmp_path)
+    assert time.monotonic() - storages.last_outage() < 10
+    own_postgres.start()
+    assert study.trials == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda url: url.replace(PASSWORD, "other-planted-7"), "password authentication failed"),
+        (lambda url: url.replace("/study_", "/no_study_"), "does not exist"),
+        (lambda url: url.replace("127.0.0.1", "no-such-host.invalid"), "no-such-host|translate|resolve"),
+        (lambda url: "nosuchdb://me:" + PASSWORD + "@h/d", "nosuchdb"),
+    ],
+)
+def test_a_database_that_refuses_is_one_line_at_once(
+    program: Program, postgres: Postgres, wrong: Any, says: str
+) -> None:
+    url = wrong(postgres.database())
+    out = program.sweep(*SPACE, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=1", code=2)
+    (line,) = [line for line in out.splitlines() if line.strip()]
+    assert re.search(r"^error: hydra.sweeper.storage = \S+ cannot be opened: ", line)
+    assert re.search(says, line)
+    assert PASSWORD not in out
+    assert "other-planted-7" not in out
+    assert not (program.folder / "multirun").exists()
+
+
+# Passwords
+
+
+def everything_said_and_written(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def with_password(folder: Path) -> list[Path]:
+    return [path for path, content in everything_said_and_written(folder).items() if PASSWORD.encode() in content]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("way", "jobs"), [("override", 1), ("override", 2), ("environment", 1), ("config", 1), ("mapping", 1)]
+)
+def test_a_password_is_in_no_file_and_no_word(program: Program, postgres: Postgres, way: str, jobs: int) -> None:
+    url = postgres.database()
+    storage: list[str] = []
+    match way:
+        case "override":
+            storage = [f"hydra.sweeper.storage={url}"]
+        case "environment":
+            os.environ["STUDY_URL"] = url
+            storage = ["hydra.sweeper.storage='${oc.env:STUDY_URL}'"]
+        case "config":
+            config = program.folder / "conf/config.yaml"
+            config.write_text(config.read_text() + f"hydra:\n  sweeper:\n    storage: {url}\n")
+        case "mapping":
+            target = "_target_:optuna.storages.RDBStorage"
+            driver = url.replace("postgresql:", "postgresql+psycopg:")
+            storage = [f"hydra.sweeper.storage={{{target},url:'{driver}'}}"]
+    words = [*SPACE, *storage, "+fail=2", "hydra.sweeper.n_trials=4", f"hydra.sweeper.n_jobs={jobs}"]
+    words += ["hydra.sweeper.stop_after_same_failures=4"]
+    try:
+        out = program.sweep(*words, code=3)
+    finally:
+        os.environ.pop("STUDY_URL", None)
+    (program.folder / "out.txt").write_text(out)
+    kept = [program.folder / "conf/config.yaml"] if way == "config" else []
+    assert with_password(program.folder) == kept
+    assert (program.folder / "multirun/s/0/.hydra/hydra.yaml").exists()
+    assert (program.folder / "multirun/s/multirun.yaml").exists()
+    assert any((program.folder / "multirun/s").glob("*/error.txt"))
+    assert len(trials_in(url, program)) == 4
+
+
+@pytest.mark.long
+def test_an_interrupt_names_no_password(program: Program, postgres: Postgres) -> None:
+    url = postgres.database()
+    process = program.start(*SPACE, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=3", "seconds=0.5")
+    wait_for_calls(program, 2)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "continue with:" in out
+    assert PASSWORD not in out + err
+    assert with_password(program.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("storage", "secret"),
+    [
+        ("postgresql://me:secret-4@host/db", "secret-4"),
+        ("postgresql://me:se/cr:et@4@host:5432/db", "se/cr:et@4"),
+        ("postgresql+psycopg://me:s%2Fcret-4@host/db", "s%2Fcret-4"),
+        ("mysql://me:secret '4\"@host/db", "secret '4\""),
+        ({"_target_": "optuna.storages.RDBStorage", "url": "postgresql://me:se/cret4@host/db"}, "se/cret4"),
+        ("postgresql://host/db?user=me&password=secret-4", "secret-4"),
+    ],
+)
+def test_a_storage_is_shown_without_its_password(
+    storage: str | dict[str, Any], secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("", "_PASSWORD", "_PLAIN_PASSWORD"):
+        monkeypatch.setenv(f"{storages.STORAGE_VARIABLE}{name}", "")
+    assert secret not in shown(storage)
+    assert "host" in shown(storage)
+    assert hide_password(storage)
+    assert storages.hidden_storage() == storage
+
+
+@pytest.mark.parametrize(
+    "storage", [None, "journal:///tmp/a:b@c/study.journal", "sqlite:///study.db", "postgresql://host/db"]
+)
+def test_a_storage_without_a_password_is_left_alone(storage: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(storages.STORAGE_VARIABLE, raising=False)
+    assert not hide_password(storage)
+    assert storages.hidden_storage() is None
+    assert shown(storage) == (storage or "journal file")
