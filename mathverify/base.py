@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mathverify.config import Dtype, ModelConfig, QuantizationConfig, QuantizationKind, RunConfig
 from mathverify.errors import UserError
-from mathverify.hub import cache_damage, hub_answers, mending
+from mathverify.hub import cache_damage, mending, nobody_asked_in_vain
 
 if TYPE_CHECKING:
     import torch
@@ -67,10 +68,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _Explaining(config):
-        return AutoTokenizer.from_pretrained(
-            model_path(config), revision=config.revision, trust_remote_code=False, local_files_only=_only_local(config)
-        )
+    with _Explaining(config), _asking_the_hub(config):
+        return AutoTokenizer.from_pretrained(model_path(config), revision=config.revision, trust_remote_code=False)
 
 
 def model_path(config: ModelConfig) -> str:
@@ -119,9 +118,9 @@ def resolve_dtype(choice: Dtype, device: str) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _only_local(config: ModelConfig) -> bool:
-    """Whether to take what is on this machine and ask nobody: a folder, or the hub's cache when the hub is silent."""
-    return Path(model_path(config)).is_dir() or not hub_answers()
+def _asking_the_hub(config: ModelConfig) -> AbstractContextManager[None]:
+    """Within, transformers may ask the hub about this model, if the hub answers; nobody is asked about a folder."""
+    return nullcontext() if Path(model_path(config)).is_dir() else nobody_asked_in_vain()
 
 
 def weights_fingerprint(config: ModelConfig) -> str:
@@ -160,7 +159,7 @@ def _load_model(
 
     if config.path is None or not sys.stderr.isatty():
         logging.disable_progress_bar()  # a bar is for a load that takes a while, and for a terminal
-    with _Explaining(config):
+    with _Explaining(config), _asking_the_hub(config):
         return AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.revision,
@@ -169,7 +168,6 @@ def _load_model(
             quantization_config=_bitsandbytes_config(quantization, dtype),
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
-            local_files_only=_only_local(config),
         )
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PROBE_SECONDS = 5.0
 """For the hub's first answer. Its client tries every file again and again: a cached model took more than two minutes to
@@ -33,16 +35,19 @@ def hub_answers() -> bool:
 @contextmanager
 def nobody_asked_in_vain() -> Iterator[None]:
     """Within, the hub's clients are in their offline mode if the hub does not answer: they neither retry nor say so."""
-    import datasets
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    # datasets keeps a switch of its own; it is imported where it matters
+    switches: list[Any] = [constants, *(sys.modules[name] for name in ("datasets.config",) if name in sys.modules)]
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
     if not hub_answers():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for switch, was in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = was
 
 
 def cache_damage(name: str, kind: str, revision: str | None = None) -> str | None:
