@@ -341,7 +341,10 @@ class EvaluateConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases. `name` defaults to what distinguishes the run, such as r64-a64-b4."""
+    """Weights & Biases. `name` defaults to what distinguishes the run, such as r64-a64-b4.
+
+    A sweep sets group (the study's name), trial (its number there) and sampler itself.
+    """
 
     kind: TrackingKind = TrackingKind.wandb
     mode: TrackingMode = TrackingMode.auto
@@ -352,6 +355,8 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     log_adapter: bool = False
     table_rows: int = 1000
+    trial: int | None = None
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.project.strip()), "tracking.project", self.project, "a non-empty name")

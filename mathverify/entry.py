@@ -22,6 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -119,6 +120,7 @@ class Preflight(Callback):
                 wrong = report(UserError(f"job {number} ({' '.join(overrides)}): {one_line(error)}"))
         if wrong:
             sys.exit(wrong)
+        _group(config)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra has written its files by now."""
@@ -171,6 +173,14 @@ def _redact_logs() -> None:
 
     redacted.is_ours = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(redacted)
+
+
+def _group(config: DictConfig) -> None:
+    """Have the runs of a grid share a group in W&B, named after the grid's folder, unless another one is set."""
+    if OmegaConf.get_type(config) is RunConfig and config.tracking.group is None:
+        name = QuotedString("-".join(Path(config.hydra.sweep.dir).parts[-2:]), Quote.single).with_quotes()
+        with open_dict(config):
+            config.hydra.overrides.task.append(f"tracking.group={name}")
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
-from mathverify.tracking import Tracker, check_tracking, open_tracker
+from mathverify.tracking import Tracker, check_tracking, final_numbers, open_tracker
 
 
 class Interrupted(Exception):
@@ -164,7 +163,6 @@ class PackRunner:
         """
         self.bench, self.screen, self.stop, self.follow, self.closed = bench, screen, stop, follow, closed
         self.open: dict[Trial, Run] = {}
-        self._finishing: list[threading.Thread] = []
 
     def run(self, runs: Sequence[Run]) -> None:
         """Train, evaluate and record all of them, and those that follow.
@@ -186,9 +184,6 @@ class PackRunner:
         except Exception as error:
             self._break_up(pack, error)
             raise
-        finally:
-            for thread in self._finishing:
-                thread.join()
 
     def _train(self, pack: Pack) -> None:
         try:
@@ -333,8 +328,8 @@ class PackRunner:
     ) -> None:
         with self._guarding(run):
             self._write_end(run, status, reason)
+            run.tracker.summarize(final_numbers(run.record))
             if predictions is not None:
-                run.tracker.summarize(_summary(run.record))
                 run.tracker.predictions(predictions)
                 run.tracker.adapter(run.folder / "adapter")
         self._leave(run, status)
@@ -344,14 +339,9 @@ class PackRunner:
         self._leave(run, Status.failed)
 
     def _leave(self, run: Run, status: Status) -> None:
-        """The run is over for this pack. Its tracker may wait for a slow server, which the others do not."""
+        """The run is over for this pack. A slow server must not hold the others up: see `uploads_in_background`."""
         del self.open[run.trial]
-        if self.open:
-            thread = threading.Thread(target=run.tracker.finish, args=(status,), name="tracker")
-            thread.start()
-            self._finishing.append(thread)
-        else:
-            run.tracker.finish(status)
+        run.tracker.finish(status)
         run.lock.release()
         self.screen.ended(run)
         self.closed(run)
@@ -476,32 +466,6 @@ def _speed(run: Run, tokens: int, window: int = 20) -> float:
     elapsed = run.reports[-1][0] - (run.reports[0][0] if len(run.reports) > 1 else 0.0)
     counted = run.reports[1:] if len(run.reports) > 1 else run.reports
     return sum(count for _, count in counted) / elapsed if elapsed > 0 else 0.0
-
-
-def _summary(record: RunRecord) -> dict[str, float | str]:
-    """Final numbers for a tracker: every metric with its interval, and the costs."""
-    metrics, costs = record.metrics, record.costs
-    flat: dict[str, float | str] = {}
-    for prefix, part in (
-        ("test", metrics.test),
-        ("test_tuned", metrics.tuned),
-        ("zero_shot", metrics.zero_shot),
-        ("final_validation", metrics.validation),
-    ):
-        if part is not None:
-            flat |= part.flat(prefix)
-    for name, part in metrics.slices.items():
-        flat |= part.flat(f"test_slice/{name}")
-    flat |= {f"seconds/{phase}": seconds for phase, seconds in costs.seconds.items()}
-    numbers = {
-        "threshold": metrics.threshold,
-        "tokens": costs.tokens,
-        "tokens_per_second": costs.tokens_per_second,
-        "peak_memory_bytes": costs.peak_memory_bytes,
-        "examples_seen": costs.examples_seen,
-        "trainable_parameters": costs.trainable_parameters,
-    }
-    return flat | {name: value for name, value in numbers.items() if value is not None}
 
 
 def device_name(device: torch.device) -> str:

@@ -57,12 +57,13 @@ def train_one(
     from mathverify.records import read_record
     from mathverify.run import Interrupted, PackRunner, heeding_signals, interruptible, open_run
     from mathverify.screen import RunScreen, TrialScreen
+    from mathverify.tracking import uploads_in_background
 
     start = time.perf_counter()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     own = RunScreen(config, folder, console) if trial is None else TrialScreen(config, folder, trial, console)
-    with heeding_signals() as stop, own as screen:
+    with uploads_in_background(), heeding_signals() as stop, own as screen:
         try:
             with shown() as progress:
                 bench = prepare(config, interruptible(progress, stop))

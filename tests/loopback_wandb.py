@@ -16,8 +16,9 @@ KEY = "0123456789abcdef" * 2 + "01234567"  # any 40 characters pass the client's
 class LoopbackWandb:
     """Answers the GraphQL and file-stream calls of the wandb client on 127.0.0.1 and keeps every request.
 
-    `behaviour`: "ok", "500", "401", "cut" (closes connections unanswered) or "hang" (answers after `stop()` only);
-    may be changed while clients talk to it. `history` holds (seconds since start, run id, row) as they arrive.
+    `behaviour`: "ok", "slow" (answers after a second), "500", "401", "html" (a captive portal's page), "cut" (closes
+    connections unanswered), "torn" (in the middle of the answer) or "hang" (answers when the server is closed only); may
+    be changed while clients talk to it. `history` holds (seconds since start, run id, row) as they arrive.
     """
 
     def __init__(self, behaviour: str = "ok") -> None:
@@ -29,7 +30,10 @@ class LoopbackWandb:
         self.uploads: dict[str, bytes] = {}
         self.operations: list[str] = []
         self.exits: dict[str, int] = {}
+        self.projects: list[str] = ["p"]
+        self.views: dict[str, dict[str, Any]] = {}
         self.released = threading.Event()
+        self.lines: dict[str, dict[int, dict[str, Any]]] = {}
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -50,9 +54,23 @@ class LoopbackWandb:
         self._http.server_close()
 
     def rows(self, run_id: str) -> list[dict[str, Any]]:
-        """The history rows that have arrived for one run, so far."""
+        """A run's history as the server has it: by line, a line that was sent again replacing the earlier one."""
         with self._lock:
-            return [row for _, run, row in self.history if run == run_id]
+            return [row for _, row in sorted(self.lines.get(run_id, {}).items())]
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """What was last said of a run: displayName, groupName, jobType, tags, and its config by key."""
+        with self._lock:
+            said = [upsert for upsert in self.upserts if upsert.get("name") == run_id]
+        known = {key: value for upsert in said for key, value in upsert.items() if value is not None}
+        config = json.loads(known.get("config") or "{}")
+        return known | {"config": {key: item["value"] for key, item in config.items() if key != "_wandb"}}
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The runs that were announced, in order."""
+        with self._lock:
+            return list(dict.fromkeys(upsert["name"] for upsert in self.upserts if upsert.get("name")))
 
     def wait_for_rows(self, run_id: str, count: int, seconds: float) -> bool:
         """Whether at least `count` history rows of the run arrive within `seconds`."""
@@ -69,6 +87,14 @@ class LoopbackWandb:
             self.operations.append(query.strip().split("(")[0].split("{")[0].strip())
         if "upsertBucket" in query:
             return self._upsert(variables)
+        if "upsertView" in query:
+            return self._upsert_view(variables)
+        if "allViews" in query:
+            return self._all_views(variables)
+        if "ProjectInternalId" in query:
+            return {"data": {"project": {"id": "p1", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}}}
+        if "models(" in query:
+            return self._all_projects()
         if "createRunFiles" in query:
             return self._run_files(variables)
         if "createArtifact(" in query:
@@ -92,10 +118,30 @@ class LoopbackWandb:
                 }
             }
         if "RunResumeStatus" in query or "RunStatus" in query:
-            return {
-                "data": {"model": {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}, "bucket": None}}
-            }
+            model = {"id": "1", "name": "p", "entity": {"id": "1", "name": "tester"}}
+            return {"data": {"model": model | {"bucket": self._bucket(str(variables.get("name")))}}}
         return {"errors": [{"message": "not known to the loopback server"}]}
+
+    def _bucket(self, name: str) -> dict[str, Any] | None:
+        """What a client is told that wants to go on with a run; None for one that the server does not have."""
+        if name not in self.run_ids:
+            return None
+        rows, known = self.rows(name), self.run(name)
+        return {
+            "id": f"id-{name}",
+            "name": name,
+            "displayName": known.get("displayName"),
+            "summaryMetrics": json.dumps(self.summary.get(name, {})),
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]),
+            "eventsTail": "[]",
+            "config": json.dumps({key: {"value": value} for key, value in known["config"].items()}),
+            "tags": known.get("tags") or [],
+            "notes": None,
+            "wandbConfig": '{"t": 1}',  # without it the client takes the run for one that never began
+        }
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -117,6 +163,30 @@ class LoopbackWandb:
             "project": project,
         }
         return {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """A saved workspace view (type project-view) or a report (type runs)."""
+        with self._lock:
+            view = dict(variables) | {"id": variables.get("id") or f"view{len(self.views)}"}
+            inserted = view["id"] not in self.views
+            self.views[view["id"]] = view
+        project = {"id": "p1", "name": view["projectName"], "entityName": view["entityName"]}
+        return {"data": {"upsertView": {"view": view | {"project": project}, "inserted": inserted}}}
+
+    def _all_views(self, variables: dict[str, Any]) -> dict[str, Any]:
+        if (variables.get("project") or variables.get("projectName")) not in self.projects:
+            return {"data": {"project": None}}
+        kind, name = variables.get("viewType") or "runs", variables.get("viewName")
+        found = [v for v in self.views.values() if v["type"] == kind and name in (None, v["name"])]
+        edges = [{"node": view, "cursor": view["id"]} for view in found]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"data": {"project": {"allViews": {"edges": edges, "pageInfo": page}}}}
+
+    def _all_projects(self) -> dict[str, Any]:
+        common = {"entityName": "tester", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+        nodes = [{"id": name, "name": name, **common} for name in self.projects]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"data": {"models": {"edges": [{"node": node} for node in nodes], "pageInfo": page}}}
 
     def _run_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         names = variables.get("files") or []
@@ -163,8 +233,10 @@ class LoopbackWandb:
         files = body.get("files") or {}
         now = time.monotonic() - self._began
         with self._lock:
-            for line in files.get("wandb-history.jsonl", {}).get("content", []):
+            history = files.get("wandb-history.jsonl", {})
+            for number, line in enumerate(history.get("content", []), start=int(history.get("offset") or 0)):
                 self.history.append((now, run_id, json.loads(line)))
+                self.lines.setdefault(run_id, {})[number] = json.loads(line)
             for line in files.get("wandb-summary.json", {}).get("content", []):
                 self.summary[run_id] = json.loads(line)
             if body.get("complete"):
@@ -182,10 +254,12 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
         def _reply(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body).encode()
+            self._send(status, "application/json", json.dumps(body).encode())
+
+        def _send(self, status: int, kind: str, data: bytes, promised: int | None = None) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(promised or len(data)))
             self.end_headers()
             self.wfile.write(data)
 
@@ -196,6 +270,15 @@ def _handler(server: LoopbackWandb) -> type[BaseHTTPRequestHandler]:
                     self.close_connection = True
                     return True
                 case "cut":
+                    self.close_connection = True
+                    return True
+                case "slow":
+                    time.sleep(1.0)
+                case "html":
+                    self._send(200, "text/html", b"<html><body>Please accept the terms of this network</body></html>")
+                    return True
+                case "torn":
+                    self._send(200, "application/json", b'{"data": {"upsertBu', promised=400)
                     self.close_connection = True
                     return True
                 case "500" | "401" as status:

@@ -11,7 +11,8 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mathverify.config import DataConfig
 from mathverify.errors import UserError
 from mathverify.examples.rows import BATCH_ROWS, RawBatch, Source, find_columns, one_line, show
 from mathverify.examples.table import plain_batch
+from mathverify.hub import cache_damage, mending, nobody_asked_in_vain
 
 
 def sources(config: DataConfig) -> list[Source]:
@@ -46,35 +48,44 @@ def _open_split(name: str, split: str, config: DataConfig) -> Source:
 def _load(name: str, where: str, config: DataConfig) -> Any:
     """The split as a datasets.Dataset, memory-mapped."""
     import datasets
+    import pyarrow
 
-    missing = _is_local(config.path or "") and not Path(config.path or "").expanduser().exists()
+    local = _is_local(config.path or "")
+    missing = local and not Path(config.path or "").expanduser().exists()
+    path = str(Path(config.path or "").expanduser()) if local else config.path
+    read = partial(datasets.load_dataset, path, split=name, revision=config.revision)
     try:
-        if missing:  # the hub would be asked for it, several times
+        if missing:  # datasets would ask the hub for it, several times
             raise FileNotFoundError(config.path)
-        path = str(Path(config.path or "").expanduser()) if _is_local(config.path or "") else config.path
-        with _quiet():
-            return datasets.load_dataset(path, split=name, revision=config.revision)
+        with _quiet(), nullcontext() if local else nobody_asked_in_vain():
+            try:
+                return read()
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                if type(error) not in (
+                    pyarrow.ArrowInvalid,
+                    OSError,
+                    FileNotFoundError,
+                ):  # the network's are kinds of it
+                    raise
+                # datasets' own prepared copy is torn, by a kill or a full disk: made again from the files
+                return read(download_mode=datasets.DownloadMode.REUSE_CACHE_IF_EXISTS)
     except Exception as error:  # the hub's client raises from requests, httpx, fsspec, arrow and its own tree
         raise explain(error, where, config) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep log lines of datasets and the hub off the screen, since an error is told in one line, and bars off logs."""
+    """Keep datasets' own log lines off the screen, since an error is told in one line, and its bars off a log file."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
     before, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
-    hub_before = hub_logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(before)
-        hub_logging.set_verbosity(hub_before)
         if bars:
             datasets.enable_progress_bars()
 
@@ -108,6 +119,8 @@ def explain(error: BaseException, where: str, config: DataConfig) -> UserError:
         )
     if "GatedRepoError" in names or "gated" in text.lower():
         return UserError(f"{where}: is gated: accept its licence on its hub page and log in (hf auth login), {folder}")
+    if not local and (damage := cache_damage(config.path or "", "dataset", config.revision)) is not None:
+        return UserError(f"{where}: {damage}: {mending(config.path or '', 'dataset')}, {folder}")
     if not local and _offline():
         return UserError(f"{where}: the hub client is in offline mode: unset HF_HUB_OFFLINE, {folder}")
     if local:

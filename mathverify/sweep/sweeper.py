@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -35,7 +36,9 @@ from mathverify.sweep.settings import Settings, read_settings
 from mathverify.sweep.space import Space, parse_space, quoted
 from mathverify.sweep.storage import briefly, hidden_storage, hide_password, shown
 from mathverify.sweep.study import Session, look_at_session, open_session
+from mathverify.sweep.summary_run import sampler_name, send_summary
 from mathverify.sweep.workers import is_worker, run_workers
+from mathverify.tracking import uploads_in_background
 
 POLL_SECONDS = 0.5
 STOPPED, SOME_FAILED, INTERRUPTED = 1, 3, 130
@@ -73,6 +76,7 @@ def sweep(
     _require_budget(settings, space)
     _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
+    launcher = _launcher(context, task, config)  # before anything is made: it refuses settings of its own
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     remember(session)
     if not is_worker():
@@ -80,12 +84,13 @@ def sweep(
         report.say(report.plan(session, composer, validated))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
     proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
-    try:
-        with _interruptible():
-            _run_all(proposer, context, task, config)
-    except (KeyboardInterrupt, SystemExit):
-        _interrupted(proposer)
-    return None if is_worker() else _close(session, proposer)
+    with uploads_in_background():
+        try:
+            with _interruptible():
+                _run_all(proposer, launcher, config)
+        except (KeyboardInterrupt, SystemExit):
+            _interrupted(proposer)
+        return None if is_worker() else _close(session, proposer)
 
 
 def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, arguments: Sequence[str]) -> None:
@@ -121,7 +126,13 @@ def _require_custom(settings: Settings) -> None:
 # Running
 
 
-def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
+def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
+    return Plugins.instance().instantiate_launcher(
+        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
+    )
+
+
+def _run_all(proposer: Proposer, launcher: Launcher, config: DictConfig) -> None:
     settings = proposer.session.settings
     basic = config.hydra.launcher.get("_target_") == BASIC
     if settings.n_jobs > 1 and basic and not is_worker():
@@ -132,9 +143,6 @@ def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, conf
         proposer.problem = any(code == STOPPED for code in codes)
         if proposer.problem:
             return
-    launcher = Plugins.instance().instantiate_launcher(
-        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
-    )
     _quiet_launchers()
     with Heart(proposer.beat):
         if isinstance(launcher, StreamingLauncher):
@@ -244,6 +252,7 @@ def _close(session: Session, proposer: Proposer) -> dict[str, Any]:
     failed = any(is_failure(trial) for trial in trials)
     completed = "best_value" in results or bool(results.get("solutions"))
     report.say(f"{report.summary(session)}; {proposer.why}" if proposer.why else report.summary(session))
+    send_summary(session, proposer.config, report.program())
     if proposer.problem or not completed:
         sys.exit(STOPPED)
     if failed:
@@ -286,6 +295,8 @@ def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
         extras.append(f"hydra.sweeper.storage={quoted(shown(session.settings.storage))}")
     if OmegaConf.get_type(config) is RunConfig and config.tracking.group is None:
         extras.append(f"tracking.group={quoted(session.name)}")
+    if OmegaConf.get_type(config) is RunConfig:
+        extras += [f"tracking.trial={number}", f"tracking.sampler={sampler_name(session)}"]
     return extras
 
 

@@ -122,7 +122,7 @@ def moment(dice: random.Random, scenario: Scenario, duration: float, earlier: in
         choices.append(lambda: call("the last words", "mathverify.sweep.report:write_results", 1))
     if scenario.wandb:
         choices += 4 * [
-            lambda: call("W&B finish", "mathverify.tracking:_Mirror.close", 1, "before", 0.05, 0.3, "after")
+            lambda: call("W&B finish", "mathverify.tracking.mirror:Mirror.close", 1, "before", 0.05, 0.3, "after")
         ]
     return dice.choice(choices)()
 
