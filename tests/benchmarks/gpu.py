@@ -382,7 +382,7 @@ def main() -> None:
         report.note("ceiling", ceiling)
         report.note("base products alone, sustained", sustained)
     vocabulary = 512 if options.tiny else 128256
-    rows, small = Workload(2000, vocabulary), Workload(1000, vocabulary, seed=1)
+    rows, small = Workload(2000, vocabulary), Workload(400, vocabulary, seed=1)
     same = Workload(64, vocabulary, seed=2)
     one, eight = [config(4, 4)], [config(4, 1, seed=seed) for seed in range(8)]
     steps, parts = options.steps, set(options.only)
