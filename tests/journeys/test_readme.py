@@ -37,7 +37,7 @@ ELSEWHERE = [c for c in COMMANDS if c not in RUNS + MAKE + MODULES]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with what the README's commands refer to: my-model, train.parquet, replies.csv, runs."""
+    """A folder with what the README's commands refer to: my-model, train.parquet and replies.csv."""
     from mathverify import tiny
     from mathverify.examples.arithmetic import generate
 
