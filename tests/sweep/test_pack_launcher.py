@@ -319,20 +319,20 @@ def rows(folder: Path) -> list[Row]:
 
 
 def test_one_at_a_time_a_study_decides_as_with_the_basic_launcher(cli: Cli, tmp_path: Path) -> None:
-    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=7", "hydra.sweep.dir=basic")
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=7", "hydra.sweep.dir=pack")
+    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=basic")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=pack")
     assert rows(tmp_path / "pack") == rows(tmp_path / "basic")
     assert {state for _, state, *_ in rows(tmp_path / "pack")} >= {"COMPLETE"}
 
 
 def test_several_at_once_a_study_with_a_seed_comes_out_the_same_again(cli: Cli, tmp_path: Path) -> None:
     first = cli(
-        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
+        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
     )
     assert re.search(r"together on it: runs \d+, \d+, \d+\n", first)
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 6
+    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 5
 
 
 def test_a_study_over_several_bases_keeps_its_places_full(cli: Cli, tmp_path: Path) -> None:
