@@ -205,7 +205,12 @@ def test_training_on_other_rows_is_said(make: Make) -> None:
     assert any("differ in the rows or prompts" in note for note in verdict_of(places).notes)
     twin = make("twin", config_of(rank=64), ROWS, validation=0.6)  # the same settings on the rows that they had before
     verdict = verdict_of([*places, twin])
-    assert {verdict.name(entry) for entry in verdict.entries} == {"run r64", "run twin", "rank=32 alpha=32", "rank=16 alpha=16"}
+    assert {verdict.name(entry) for entry in verdict.entries} == {
+        "run r64",
+        "run twin",
+        "rank=32 alpha=32",
+        "rank=16 alpha=16",
+    }
 
 
 def test_one_run_has_nothing_to_be_compared_with(make: Make) -> None:
