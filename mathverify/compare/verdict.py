@@ -203,7 +203,7 @@ def _why_untested(entry: Configuration, table: RightTable, by: By) -> str:
     if any(run not in table.place for run in entry.runs):
         return "predictions are missing"
     if by is By.configuration and len(entry.runs) < 2:
-        return "one seed says nothing of the luck of seeds"
+        return "one seed says nothing of the luck of seeds; --by run compares single runs"
     return ""
 
 
