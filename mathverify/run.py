@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
-from mathverify.tracking import Tracker, final_numbers, open_tracker
+from mathverify.tracking import Tracker, final_numbers, open_tracker, uploads_in_background
 
 
 class Interrupted(Exception):
@@ -161,7 +160,6 @@ class PackRunner:
         """
         self.bench, self.screen, self.stop, self.follow, self.closed = bench, screen, stop, follow, closed
         self.open: dict[Trial, Run] = {}
-        self._finishing: list[threading.Thread] = []
 
     def run(self, runs: Sequence[Run]) -> None:
         """Train, evaluate and record all of them, and those that follow.
@@ -176,16 +174,14 @@ class PackRunner:
         for run in runs:
             pack.add(self._admit(run))
         self.screen.phase("training")
-        try:
-            self._train(pack)
-        except Interrupted:
-            raise
-        except Exception as error:
-            self._break_up(pack, error)
-            raise
-        finally:
-            for thread in self._finishing:
-                thread.join()
+        with uploads_in_background():  # a run's upload holds up no other run
+            try:
+                self._train(pack)
+            except Interrupted:
+                raise
+            except Exception as error:
+                self._break_up(pack, error)
+                raise
 
     def _train(self, pack: Pack) -> None:
         try:
@@ -341,14 +337,9 @@ class PackRunner:
         self._leave(run, Status.failed)
 
     def _leave(self, run: Run, status: Status) -> None:
-        """The run is over for this pack. Its tracker may wait for a slow server, which the others do not."""
+        """The run is over for this pack."""
         del self.open[run.trial]
-        if self.open:
-            thread = threading.Thread(target=run.tracker.finish, args=(status,), name="tracker")
-            thread.start()
-            self._finishing.append(thread)
-        else:
-            run.tracker.finish(status)
+        run.tracker.finish(status)
         run.lock.release()
         self.screen.ended(run)
         self.closed(run)
