@@ -36,7 +36,7 @@ from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
-from mathverify.tracking import Tracker, final_numbers, open_tracker, uploads_in_background
+from mathverify.tracking import Tracker, final_numbers, open_tracker
 
 
 class Interrupted(Exception):
@@ -174,14 +174,13 @@ class PackRunner:
         for run in runs:
             pack.add(self._admit(run))
         self.screen.phase("training")
-        with uploads_in_background():  # a run's upload holds up no other run
-            try:
-                self._train(pack)
-            except Interrupted:
-                raise
-            except Exception as error:
-                self._break_up(pack, error)
-                raise
+        try:
+            self._train(pack)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self._break_up(pack, error)
+            raise
 
     def _train(self, pack: Pack) -> None:
         try:
@@ -337,7 +336,7 @@ class PackRunner:
         self._leave(run, Status.failed)
 
     def _leave(self, run: Run, status: Status) -> None:
-        """The run is over for this pack."""
+        """The run is over for this pack. A slow server must not hold the others up: see `uploads_in_background`."""
         del self.open[run.trial]
         run.tracker.finish(status)
         run.lock.release()

@@ -172,6 +172,12 @@ class Postgres:
         return done.stdout.strip()
 
 
+def with_password(folder: Path) -> list[Path]:
+    """The files under a folder that have the database's password in them."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if PASSWORD.encode() in path.read_bytes()]
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server."""

@@ -350,7 +350,7 @@ def _last_line(path: Path) -> str:
         lines = path.read_text("utf-8", "replace").strip().splitlines()
     except OSError as error:
         return f"{path}: not readable ({error.strerror})"
-    return " ".join(lines[-1].split())[:500] if lines else "it left no reason"
+    return " ".join(str(redact(lines[-1])).split())[:500] if lines else "it left no reason"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

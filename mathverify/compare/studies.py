@@ -64,7 +64,7 @@ def _view(trial: Any, folder: Path) -> RunView:
         state = {"COMPLETE": State.unreadable, "PRUNED": State.pruned, "FAIL": State.failed}
         missing = f"its folder {folder} is not on this machine"
         reason = str(trial.user_attrs.get("reason") or missing)
-        view = RunView(folder, state.get(trial.state.name, State.running), " ".join(reason.split()))
+        view = RunView(folder, state.get(trial.state.name, State.running), " ".join(str(redact(reason)).split()))
         view.settings = dict(trial.params)
     view.trial = trial.number
     return view

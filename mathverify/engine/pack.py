@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mathverify.config import LossKind
 from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 from mathverify.engine.trial import StepReport, Trial, TrialState
@@ -26,6 +27,7 @@ class Pack:
         self.budget = budget
         self.trials: list[Trial] = []
         self.shares: dict[Trial, float] = {}
+        self._made_ready: tuple[list[Adapter | None], Ready] | None = None
 
     def add(self, trial: Trial) -> None:
         """A trial joins from the next round on."""
@@ -64,11 +66,19 @@ class Pack:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
-        ready = self.model.ready([trial.adapter for trial in trials])
+        ready = self._ready(trials)
         for kind, part in self._cut(trials, segments):
             self._one_pass(trials, ready, kind, PassLayout(part, self.model.device), totals)
         sums: list[float] = totals.tolist()
         return sums
+
+    def _ready(self, trials: Sequence[Trial]) -> Ready:
+        """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
+        enough as long as the trials are the same; else they use copies, which each update makes stale."""
+        adapters: list[Adapter | None] = [trial.adapter for trial in trials]
+        if self._made_ready is None or self.model.base.dtype is not torch.float32 or self._made_ready[0] != adapters:
+            self._made_ready = adapters, self.model.ready(adapters)
+        return self._made_ready[1]
 
     def _cut(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> Iterator[tuple[LossKind, list[Segment]]]:
         """Passes of one kind of loss each."""

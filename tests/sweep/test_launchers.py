@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from .conftest import Program, Sweep, small, study_of
+from .conftest import Program, Sweep, small
+from .ends import study_of
 
 SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
 AT_ONCE = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=5"]

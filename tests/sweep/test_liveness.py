@@ -113,6 +113,7 @@ def finder(program: Program) -> str:
     (trial,) = program.trials()
     assert trial.state is TrialState.COMPLETE
     by_a = trial.params["x"] ** 2 + trial.params["y"]
+    assert trial.value is not None
     assert trial.value in (pytest.approx(by_a), pytest.approx(by_a + 1000))
     return "a" if trial.value < 900 else "b"
 

@@ -21,8 +21,8 @@ from mathverify.errors import UserError
 from mathverify.sweep import storage as storages
 from mathverify.sweep.storage import alone, hide_password, open_storage, patience, shown
 
-from ..services import PASSWORD, Postgres, postgres_server, wait_until
-from .conftest import Program
+from ..services import PASSWORD, Postgres, postgres_server, wait_until, with_password
+from .conftest import Program, Sweep, small
 
 SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
 
@@ -73,8 +73,14 @@ def wait_for_calls(program: Program, count: int) -> None:
 
 
 @pytest.mark.long
-def test_four_workers_start_one_study_at_once_and_one_is_killed(program: Program, postgres: Postgres) -> None:
-    url = postgres.database()
+@pytest.mark.parametrize("where", ["postgres", "sqlite"])
+def test_four_workers_start_one_study_at_once_and_one_is_killed(
+    program: Program, where: str, request: pytest.FixtureRequest
+) -> None:
+    if where == "postgres":
+        url = request.getfixturevalue("postgres").database()
+    else:
+        url = f"sqlite:///{program.folder}/study.db"
     workers = several(program, 4, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=24", "seconds=0.3")
     wait_for_calls(program, 8)
     workers[1].kill()
@@ -134,6 +140,35 @@ def test_a_worker_that_loses_the_lock_writes_nothing_more(postgres: Postgres, tm
 
     assert alone(storage, "s", tmp_path, section) == 2
     assert study.user_attrs == {"before": 1}
+    assert len(study.trials) == 1
+
+
+@pytest.mark.long
+def test_a_worker_that_stands_still_within_a_section_is_cut_off(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suspended, or its machine gone: the others go on, and what it would write when it wakes up comes to nothing."""
+    assert storages._LOCK_SETTINGS.count("'5min'") == 2
+    monkeypatch.setattr(storages, "_LOCK_SETTINGS", storages._LOCK_SETTINGS.replace("5min", "1s"))
+    url = postgres.database()
+    study = optuna.create_study(storage=open_storage(url, tmp_path), study_name="s")
+    storage: Any = study._storage._backend  # type: ignore[attr-defined]
+    order: list[str] = []
+
+    def other() -> None:
+        alone(open_storage(url, tmp_path), "s", tmp_path, lambda: order.append("another works"))
+
+    def sleepy() -> None:
+        order.append("sleeps")
+        if order.count("sleeps") == 1:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(30)
+        study.ask()
+        order.append("done")
+
+    alone(storage, "s", tmp_path, sleepy)
+    assert order == ["sleeps", "another works", "sleeps", "done"]
     assert len(study.trials) == 1
 
 
@@ -199,14 +234,6 @@ def test_a_database_that_refuses_is_one_line_at_once(
 # Passwords
 
 
-def everything_said_and_written(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def with_password(folder: Path) -> list[Path]:
-    return [path for path, content in everything_said_and_written(folder).items() if PASSWORD.encode() in content]
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("way", "jobs"), [("override", 1), ("override", 2), ("environment", 1), ("config", 1), ("mapping", 1)]
@@ -240,6 +267,23 @@ def test_a_password_is_in_no_file_and_no_word(program: Program, postgres: Postgr
     assert (program.folder / "multirun/s/multirun.yaml").exists()
     assert any((program.folder / "multirun/s").glob("*/error.txt"))
     assert len(trials_in(url, program)) == 4
+
+
+@pytest.mark.long
+def test_a_run_of_ours_has_no_password_either(postgres: Postgres, sweep_here: Sweep) -> None:
+    """mathverify.train itself, two runs in one pack: result.json, W&B's offline files, checkpoints and all words."""
+    url = postgres.database()
+    swept = sweep_here(
+        *small("lora=choice(r4,r16)", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2",
+               "hydra.sweeper.study_name=s", f"hydra.sweeper.storage={url}", "hydra.sweeper.n_jobs=2",
+               "tracking=wandb", "tracking.mode=offline", "hydra/launcher=pack")
+    )  # fmt: skip
+    assert swept.code == 0, swept.out
+    assert PASSWORD not in swept.out
+    assert with_password(swept.folder) == []
+    names = {path.name for path in swept.folder.rglob("*")}
+    assert {"result.json", "hydra.yaml", "overrides.yaml", "multirun.yaml", "checkpoint"} <= names
+    assert any(name.endswith(".wandb") for name in names)
 
 
 @pytest.mark.long
