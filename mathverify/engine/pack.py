@@ -96,7 +96,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        totals.index_add_(0, slots, weighted.detach())
+        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
+        totals += (
+            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        ).float() @ weighted.detach()
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:
