@@ -83,7 +83,7 @@ def _cost(session: Session) -> str:
 
 
 def _estimate(session: Session) -> tuple[float, float, int] | None:
-    """Median seconds of a trial, seconds for the rest of the study, and how many trials are left; None before the first.
+    """Median seconds of a trial, seconds for the rest of the study, and how many trials are left; None if none ended.
 
     Of a trial that runs, the part that its last validation shows as done is not counted again.
     """
