@@ -96,7 +96,7 @@ class Program:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def sweep(self, *overrides: str, code: int = 0, seconds: float = 60) -> str:
+    def sweep(self, *overrides: str, code: int = 0, seconds: float = 180) -> str:
         """Sweep to the end; what it printed."""
         process = self.start(*overrides)
         out, err = process.communicate(timeout=seconds)
