@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
+from mathverify.records import read_record
 from mathverify.sweep import attempt as attempts
 from mathverify.sweep import storage as storages
 from mathverify.sweep.outcome import End, Outcome
@@ -28,6 +30,7 @@ from mathverify.sweep.study import open_existing
 from ..services import PASSWORD, Postgres, postgres_server, wait_until, with_password
 from .conftest import Program, Sweep, small
 
+ROOT = Path(__file__).parents[2]
 SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
 
 
@@ -312,6 +315,37 @@ def test_a_sweep_can_be_interrupted_while_its_database_is_away(program: Program,
     own_postgres.start()
     program.sweep(*words)
     check_each_once(program, trials_in(url, program), 4, cut_short=1)
+
+
+@pytest.mark.long
+def test_two_packs_on_one_study_one_of_them_killed(postgres: Postgres, tmp_path: Path) -> None:
+    """mathverify.train's own runs, two at once in each of two processes; what the dead one had is continued."""
+    url = postgres.database()
+    words = small(
+        "lora=choice(r4,r16)", "seed=choice(1,2,3)", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid",
+        "hydra/launcher=pack", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.study_name=s",
+        "hydra.sweeper.storage='${oc.env:STUDY_URL}'", f"data.cache_dir='{tmp_path}/cache'",
+    )  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STUDY_URL": url, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mathverify.train", "-m", *words]
+    workers = []
+    for place in range(2):
+        with (tmp_path / f"worker{place}.txt").open("w") as said:
+            workers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said))
+    folder = tmp_path / "multirun/s"
+    try:
+        wait_until(lambda: len(list(folder.glob("*/metrics.jsonl"))) >= 3, "both packs train", seconds=240, poll=0.05)
+        workers[0].kill()
+        assert workers[1].wait(400) == 0, (tmp_path / "worker1.txt").read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    trials = optuna.load_study(study_name="s", storage=open_storage(url, folder)).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
+    assert len({tuple(sorted(t.params.items())) for t in trials}) == 6
+    assert all(read_record(folder / str(t.number)).metrics.validation.accuracy.value == t.value for t in trials)  # type: ignore[union-attr]
+    assert with_password(tmp_path) == []
 
 
 # Passwords
