@@ -382,8 +382,9 @@ def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T
     """Run `section` while no other worker of study `name` is in one: to propose, take over or tell a trial.
 
     On PostgreSQL the lock is the database's (an advisory one, so that machines need share nothing else), else a file
-    beside the study's. Both are let go when the holder dies. If the database goes away in the middle, the section is
-    run anew from its beginning under a fresh lock, so it must look at the study before it changes anything.
+    beside the study's. Both are let go when the holder dies. One that is suspended is cut off by the database; a file's
+    lock it keeps until it goes on. If the database goes away in the middle, the section is run anew from its beginning
+    under a fresh lock, so it must look at the study before it changes anything.
     """
     if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
         return patiently(lambda: _alone_in_postgres(storage, name, section))
