@@ -52,7 +52,10 @@ class StudyFacts:
 
 @dataclass
 class Session:
-    """An open study with everything that proposing, running and telling its trials needs."""
+    """An open study with everything that proposing, running and telling its trials needs.
+
+    lanes: how many trials take time side by side; the runs of a pack share it, each counting its own part.
+    """
 
     settings: Settings
     study: optuna.Study
@@ -61,6 +64,7 @@ class Session:
     folder: Path
     space: Space
     facts: StudyFacts
+    lanes: int = 1
 
     @property
     def directions(self) -> list[str]:
