@@ -117,7 +117,7 @@ class Program:
         """(job number, x, y) of every call so far."""
         file = self.folder / "calls.txt"
         rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [(int(number), float(x), y) for number, x, y, _ in rows]
+        return [(int(number), float(x), y) for number, x, y, *_ in rows]
 
     @property
     def devices(self) -> list[str]:
