@@ -427,7 +427,7 @@ def test_a_grid_that_was_cut_off_continues_to_the_same_ends(
 @pytest.mark.slow
 def test_a_study_that_was_stopped_gives_all_its_trials_back(tmp_path: Path, cache: Path) -> None:
     arguments = [
-        "-m", "sweep=rank_grid", *SMALL, "train.max_steps=60", "train.checkpoint_every=5", "hydra.sweeper.n_jobs=3",
+        "-m", "sweep=rank_grid", *SMALL, "train.max_steps=30", "train.checkpoint_every=5", "hydra.sweeper.n_jobs=3",
         "hydra.sweeper.n_trials=4", f"data.cache_dir='{cache}'", "hydra.sweep.dir=study",
         "hydra.sweeper.study_name=s",
     ]  # fmt: skip
@@ -443,4 +443,4 @@ def test_a_study_that_was_stopped_gives_all_its_trials_back(tmp_path: Path, cach
     assert process.returncode == 0, err
     assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 4
     words = (tmp_path / "study" / SCREEN).read_text()
-    assert len(re.findall(r"run [012] \(.*\): step \d+/60", words)) == 3
+    assert len(re.findall(r"run [012] \(.*\): step \d+/30", words)) == 3
