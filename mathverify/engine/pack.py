@@ -44,6 +44,7 @@ class Pack:
         """A trial leaves; the others do not notice."""
         self.trials.remove(trial)
         self.shares.pop(trial, None)
+        self._made_ready = None
 
     @property
     def running(self) -> list[Trial]:
@@ -97,7 +98,9 @@ class Pack:
         """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
         enough as long as the trials are the same; else they use copies, which each update makes stale."""
         adapters: list[Adapter | None] = [trial.adapter for trial in trials]
-        if self._made_ready is None or self.model.base.dtype is not torch.float32 or self._made_ready[0] != adapters:
+        if self.model.base.dtype is not torch.float32:
+            return self.model.ready(adapters)
+        if self._made_ready is None or self._made_ready[0] != adapters:
             self._made_ready = adapters, self.model.ready(adapters)
         return self._made_ready[1]
 
