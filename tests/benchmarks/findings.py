@@ -16,13 +16,13 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mathverify.compare.reading import Comparison, State, read_runs
+from mathverify.compare.report.content import collect
 from mathverify.compare.report.figures import write_figures
 from mathverify.compare.report.page import write_report
 from mathverify.compare.table import configuration_table, markdown, versus_table, write_table
@@ -126,8 +126,11 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
     folder.mkdir(parents=True, exist_ok=True)
     said = sentences(verdict)
     write_table(folder / "table.csv", comparison, [verdict])
-    write_report(comparison, folder / "report.html", sentences=said)
-    pictures = _pictures(comparison, folder / "figures")
+    content = collect(comparison, [verdict])
+    write_report(content, folder / "report.html")
+    # PNGs would weigh megabytes in the repository
+    written = write_figures(content, folder / "figures", kinds=("svg",))
+    pictures = [path.stem for path in written if path.suffix == ".svg"]
     about = f"{verdict.rows:,} test rows of {verdict.questions:,} questions, mean over {options.seeds} seeds"
     shown = [configuration_table(verdict, about), versus_table(verdict)]
     words = command(study, options, Path("multirun"))
@@ -142,17 +145,6 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
         markdown(shown).strip(),
         f"{links} Run by `python {shlex.join(words[1:])}`.",
     ])  # fmt: skip
-
-
-def _pictures(comparison: Comparison, folder: Path) -> list[str]:
-    """Write the figures as SVG (their PNGs would weigh megabytes in the repository); returns their names."""
-    with tempfile.TemporaryDirectory() as name:
-        written = write_figures(comparison, Path(name))
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in written:
-            if path.suffix != ".png":
-                write_atomic(folder / path.name, path.read_bytes())
-    return [path.stem for path in written if path.suffix == ".svg"]
 
 
 def _require_all(study: Study, comparison: Comparison, seeds: int) -> None:

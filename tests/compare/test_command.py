@@ -198,7 +198,7 @@ def test_report_and_figures_are_written_with_what_the_terminal_says(
     page, folder = tmp_path / "new" / "report.html", tmp_path / "figures"
     done = command(str(sweep), "--report", str(page), "--figures", str(folder))
     assert done.returncode == 0, done.stderr
-    assert "winner: rank=64 alpha=64" in page.read_text()
+    assert "Winner: rank=64 alpha=64" in page.read_text()
     assert {path.suffix for path in folder.iterdir()} == {".svg", ".png", ".md"}
 
 
@@ -208,9 +208,28 @@ def test_without_its_packages_a_report_is_refused_at_once(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([str(sweep), "--report", "report.html"]) == 2
     said = capsys.readouterr()
-    assert (
-        said.out == "" and said.err == "error: --report needs altair and vl_convert: pip install 'mathverify[report]'\n"
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "--report needs altair and vl-convert-python" in said.err and "pip install 'mathverify[report]'" in said.err
+
+
+def test_the_terminal_needs_none_of_the_reports_packages(sweep: Path) -> None:
+    """In a process that cannot import them, the comparison is printed all the same."""
+    without = (
+        "import sys; sys.modules.update(dict.fromkeys(('altair', 'vl_convert', 'jinja2', 'matplotlib')));"
+        "from mathverify.compare.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", without, str(sweep)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "winner: rank=64" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_report_lies_in_the_sweep_unless_it_is_told_where(command: Command, sweep: Path) -> None:
+    assert command(str(sweep), "--report").returncode == 0
+    assert (sweep / "report.html").is_file()
+    assert command(str(sweep)).returncode == 0  # and is no run
 
 
 @pytest.mark.parametrize(
@@ -231,8 +250,10 @@ def test_without_its_packages_a_report_is_refused_at_once(
         (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
         (["SWEEP", "--table", "/proc/nowhere/x.csv"], "cannot be written"),
         (["SWEEP", "--table", "SWEEP/16-1/result.json/x.csv"], "cannot be written"),
-        (["SWEEP", "--figures", "SWEEP/16-1/result.json"], "cannot be written"),
         ([], "required: PLACE"),
+        (["--report", "SWEEP"], "ends in .html"),
+        (["SWEEP", "--report", "page.pdf"], "ends in .html"),
+        (["SWEEP", "--figures", "SWEEP/torn/result.json"], "is a file: give a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
