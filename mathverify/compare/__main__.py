@@ -23,6 +23,7 @@ from mathverify.errors import UserError
 
 if TYPE_CHECKING:
     from mathverify.compare.reading import Comparison, RunView
+    from mathverify.compare.report.content import Content
     from mathverify.compare.verdict import Verdict
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -138,27 +139,28 @@ def _write(
     for path in options.table:
         with _writing(path):
             write_table(path, comparison, verdicts)
-    if options.report is None and options.figures is None:
-        return
-    from mathverify.compare.report.content import collect
-    from mathverify.compare.report.figures import write_figures
-    from mathverify.compare.report.page import write_report
+    if options.report is not None or options.figures is not None:
+        from mathverify.compare.report.content import collect
 
-    content = collect(comparison, verdicts, baseline, options.confidence)
+        _draw(collect(comparison, verdicts, baseline, options.confidence), options)
+
+
+def _draw(content: Content, options: argparse.Namespace) -> None:
+    """Write what --report and --figures ask for."""
     if options.report is not None:
-        with _writing(path := _page(options)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_report(content, path)
+        from mathverify.compare.report.page import write_report
+
+        only = Path(options.places[0]) if len(options.places) == 1 else None
+        beside = options.report is BESIDE and only is not None and only.is_dir()
+        target: Path = only / BESIDE if beside and only is not None else options.report
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_report(content, target)
     if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
         with _writing(options.figures):
             write_figures(content, options.figures)
-
-
-def _page(options: argparse.Namespace) -> Path:
-    """Where --report writes: what it was given, else beside the runs if they lie in one folder, else here."""
-    asked: Path = options.report
-    only = Path(options.places[0]) if len(options.places) == 1 else None
-    return only / BESIDE if asked is BESIDE and only is not None and only.is_dir() else asked
 
 
 @contextmanager
