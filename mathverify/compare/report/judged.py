@@ -26,7 +26,7 @@ def said(verdicts: Sequence[Verdict]) -> list[str]:
 
 def verdict_tables(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Table]:
     """Those of the terminal but for the tables of runs, which the page has its own way of."""
-    found = [table for table in tables(comparison, verdicts) if not any(c.part == "number" for c in table.columns)]
+    found = [table for table in tables(comparison, verdicts) if not any(c.title == "run" for c in table.columns)]
     return [replace(table, title=table.title[:1].upper() + table.title[1:]) for table in found]
 
 
@@ -58,10 +58,16 @@ def verdict_rows(verdicts: Sequence[Verdict], numbers: dict[RunView, int], runs:
 
 
 def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -> dict[Configuration, str]:
-    """What the page calls the entries; verdict's own labels where that would call two the same."""
+    """What the figures call the entries: as the page calls their runs, led by the verdict's own name ('#3', 'run 12')
+    where that says less than the settings."""
     field = "configuration" if verdict.by is By.configuration else "label"
-    places = {entry: numbers.get(entry.runs[0], len(runs)) for entry in verdict.entries}
-    names = {e: str(runs[n][field]) if n < len(runs) else printable(verdict.name(e)) for e, n in places.items()}
+    names = {}
+    for entry in verdict.entries:
+        own = printable(verdict.name(entry))
+        place = numbers.get(entry.runs[0], len(runs))
+        settings = str(runs[place][field]) if place < len(runs) else ""
+        is_number = own.startswith(("configuration #", "run "))
+        names[entry] = f"{own.removeprefix('configuration ')}, {settings}" if is_number else settings or own
     if len(set(names.values())) < len(names):
         return {entry: printable(verdict.name(entry)) for entry in names}
     return names
