@@ -58,16 +58,15 @@ def verdict_rows(verdicts: Sequence[Verdict], numbers: dict[RunView, int], runs:
 
 
 def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -> dict[Configuration, str]:
-    """What the figures call the entries: as the page calls their runs, led by the verdict's own name ('#3', 'run 12')
-    where that says less than the settings."""
-    field = "configuration" if verdict.by is By.configuration else "label"
+    """What the figures call the entries: as the page calls their runs, led by the verdict's own names ('#3', 'run 12')
+    where it has such for any."""
+    of_seeds = verdict.by is By.configuration
+    own = {entry: printable(verdict.name(entry)) for entry in verdict.entries}
+    are_led = any(name.startswith(("configuration #", "run ")) for name in own.values())
     names = {}
-    for entry in verdict.entries:
-        own = printable(verdict.name(entry))
-        place = numbers.get(entry.runs[0], len(runs))
-        settings = str(runs[place][field]) if place < len(runs) else ""
-        is_number = own.startswith(("configuration #", "run "))
-        names[entry] = f"{own.removeprefix('configuration ')}, {settings}" if is_number else settings or own
-    if len(set(names.values())) < len(names):
-        return {entry: printable(verdict.name(entry)) for entry in names}
-    return names
+    for place, entry in enumerate(verdict.entries, 1):
+        number = numbers.get(entry.runs[0], len(runs))
+        settings = str(runs[number]["configuration" if of_seeds else "label"]) if number < len(runs) else own[entry]
+        lead = f"#{place}" if of_seeds else f"run {printable(entry.runs[0].label)}"
+        names[entry] = f"{lead}, {settings}" if are_led and settings != own[entry] else settings
+    return names if len(set(names.values())) == len(names) else own
