@@ -14,14 +14,17 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mathverify.errors import UserError
 
 if TYPE_CHECKING:
+    from mathverify.compare.reading import Comparison, RunView
     from mathverify.compare.report.content import Content
+    from mathverify.compare.verdict import Verdict
 
 BAD_INPUT, INTERRUPTED = 2, 130
 BESIDE = Path("report.html")
@@ -115,24 +118,31 @@ def compare(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mathverify.compare.show import show
-    from mathverify.compare.table import write_table
     from mathverify.compare.verdict import By, judge
 
     verdicts = judge(
         comparison, baseline=baseline, by=By(options.by), confidence=options.confidence,
         resamples=options.resamples, seed=options.seed,
     )  # fmt: skip
-    console = Console(highlight=False)
-    show(console, comparison, verdicts, options.limit)
+    show(Console(highlight=False), comparison, verdicts, options.limit)
+    _write(options, comparison, verdicts, baseline)
+    if options.wandb is not None:
+        _save_views(options.wandb, comparison.varying)
+
+
+def _write(
+    options: argparse.Namespace, comparison: Comparison, verdicts: Sequence[Verdict], baseline: RunView | None
+) -> None:
+    """The files that were asked for. Raises UserError when a place cannot be written."""
+    from mathverify.compare.table import write_table
+
     for path in options.table:
-        write_table(path, comparison, verdicts)
-        _say_written(path)
+        with _writing(path):
+            write_table(path, comparison, verdicts)
     if options.report is not None or options.figures is not None:
         from mathverify.compare.report.content import collect
 
         _draw(collect(comparison, verdicts, baseline, options.confidence), options)
-    if options.wandb is not None:
-        _save_views(options.wandb, comparison.varying)
 
 
 def _draw(content: Content, options: argparse.Namespace) -> None:
@@ -142,18 +152,27 @@ def _draw(content: Content, options: argparse.Namespace) -> None:
 
         only = Path(options.places[0]) if len(options.places) == 1 else None
         beside = options.report is BESIDE and only is not None and only.is_dir()
-        _say_written(write_report(content, only / BESIDE if beside and only is not None else options.report))
+        target: Path = only / BESIDE if beside and only is not None else options.report
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_report(content, target)
     if options.figures is not None:
         from mathverify.compare.report.figures import write_figures
 
-        written = write_figures(content, options.figures)
-        _say_written(options.figures, f" ({len(written)} files)")
+        with _writing(options.figures):
+            write_figures(content, options.figures)
 
 
-def _say_written(path: Path, more: str = "") -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what was written, or why it was not."""
     from mathverify.printable import printable
 
-    print(f"written: {printable(str(path))}{more}")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): choose another place") from None
+    print(f"written: {printable(str(path))}")
 
 
 def _save_views(target: str, varying: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from mathverify.errors import UserError
+from mathverify.errors import Interrupted, UserError
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
 from mathverify.sweep.grouping import by_base, difference
 from mathverify.sweep.ticket import Ticket
@@ -115,13 +115,14 @@ def _work(
         return
     # From here on it is heavy.
     from mathverify.pack_screen import PackScreen
-    from mathverify.run import Interrupted, heeding_signals
+    from mathverify.run import heeding_signals
     from mathverify.screen import SCREEN, paper
     from mathverify.sweep.packs import Packs
+    from mathverify.tracking import uploads_in_background
 
     begun = [ticket]
     words = paper(Path(ticket.composed.hydra.sweep.dir) / SCREEN) if of_a_study else None
-    with heeding_signals() as stop, PackScreen(words=words) as screen:
+    with uploads_in_background(), heeding_signals() as stop, PackScreen(words=words) as screen:
         at_first(screen)
         try:
             Packs(lambda: begun.pop() if begun else take(), most, screen, stop).run()

@@ -248,6 +248,9 @@ def test_a_report_lies_in_the_sweep_unless_it_is_told_where(command: Command, sw
         (["nosuch://u:hunter2@host/x"], "cannot be read as a study"),
         (["journal://SWEEP/16-1/result.json"], "cannot be read as a study"),
         (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
+        (["SWEEP", "--table", "/proc/nowhere/x.csv"], "cannot be written"),
+        (["SWEEP", "--table", "SWEEP/16-1/result.json/x.csv"], "cannot be written"),
+        (["SWEEP", "--figures", "SWEEP/16-1/result.json"], "cannot be written"),
         ([], "required: PLACE"),
         (["--report", "SWEEP"], "ends in .html"),
         (["SWEEP", "--report", "page.pdf"], "ends in .html"),
@@ -259,8 +262,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing"), "SWEEP": str(sweep)}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = command(*(places.get(word, word.replace("SWEEP", str(sweep))) for word in arguments))
     assert done.returncode == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     (line,) = done.stderr.splitlines()
     assert re.search(says, line) and line.startswith("error: ")
     assert "hunter2" not in done.stderr and "Traceback" not in done.stderr
