@@ -14,9 +14,10 @@ import pytest
 
 from mathverify.config import RunConfig, TrackingConfig
 from mathverify.errors import UserError
-from mathverify.records import Status
+from mathverify.records import Status, read_record
 from mathverify.tracking import WandbTracker, open_tracker, uploads_in_background
 from mathverify.tracking.service import Outage
+from tests.journeys.conftest import SMALL
 from tests.loopback_wandb import KEY, LoopbackWandb
 
 from .runs import ROOT, lines, planted_in, wandb_id
@@ -178,3 +179,34 @@ def test_a_failing_action_does_not_reach_training(
         tracker.log(1, {"train/loss": 0.5})
     assert [row["train/loss"] for row in server.rows(wandb_id(tmp_path)) if "train/loss" in row] == [0.5]
     assert len([r for r in caplog.records if r.name.startswith("mathverify.tracking")]) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["a run", "a study"])
+def test_a_command_ends_well_though_the_server_falls_silent(server: LoopbackWandb, tmp_path: Path, what: str) -> None:
+    """As a user has it, with the waits that users have: the run or the study is complete, and one line warns."""
+    overrides = [s for s in SMALL if not s.startswith("tracking")] + [f"data.cache_dir='{tmp_path}/cache'"]
+    if what == "a run":
+        overrides += ["hydra.run.dir=run"]
+    else:
+        overrides = ["-m", "sweep=rank_grid", "lora=r4", "hydra.sweeper.params={seed:'choice(1,2)'}", *overrides]
+        overrides += ["hydra.sweeper.n_trials=2", "hydra.sweep.dir=study"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mathverify.train", *overrides], cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    limit = time.monotonic() + 120
+    while not server.run_ids:
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.02)
+    server.behaviour = "hang"
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    folders = [tmp_path / "run"] if what == "a run" else [tmp_path / "study" / "0", tmp_path / "study" / "1"]
+    for folder in folders:
+        assert read_record(folder).status is Status.completed
+        assert [line["step"] for line in lines(folder) if "train/loss" in line] == [1, 2, 3, 4]
+    assert (out + err).count("W&B does not take everything") == 1
+    assert planted_in(tmp_path) == []
+    assert KEY not in out + err
