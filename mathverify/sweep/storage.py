@@ -150,7 +150,10 @@ def existing_storage(storage: str | dict[str, Any] | None, folder: Path) -> Base
 
 
 def _cannot_open(storage: str | dict[str, Any], error: Exception) -> UserError:
-    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {_reason(error)}")
+    remedy = "see that it runs, that it lets this user in, and that the URL is right"
+    if isinstance(error, ImportError):
+        remedy = "pip install 'mathverify[postgres]'" if "psycopg" in str(error) else "install its driver"
+    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened ({_reason(error)}): {remedy}")
 
 
 class JournalStudy(JournalStorage):

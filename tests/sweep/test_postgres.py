@@ -18,8 +18,12 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
+from mathverify.sweep import attempt as attempts
 from mathverify.sweep import storage as storages
+from mathverify.sweep.outcome import End, Outcome
+from mathverify.sweep.settings import read_settings
 from mathverify.sweep.storage import alone, hide_password, open_storage, patience, shown
+from mathverify.sweep.study import open_existing
 
 from ..services import PASSWORD, Postgres, postgres_server, wait_until, with_password
 from .conftest import Program, Sweep, small
@@ -201,7 +205,7 @@ def test_a_database_that_stays_away_ends_the_sweep_with_one_line(
     own_postgres.stop()
     with pytest.raises(UserError, match=r"does not answer .*the same command again, which continues"), patience(1):
         _ = study.trials
-    with pytest.raises(UserError, match=r"cannot be opened: .*connection"):
+    with pytest.raises(UserError, match=r"cannot be opened \(.*connection.*\): see that it runs"):
         open_storage(url, tmp_path)
     assert time.monotonic() - storages.last_outage() < 10
     own_postgres.start()
@@ -224,11 +228,57 @@ def test_a_database_that_refuses_is_one_line_at_once(
     url = wrong(postgres.database())
     out = program.sweep(*SPACE, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=1", code=2)
     (line,) = [line for line in out.splitlines() if line.strip()]
-    assert re.search(r"^error: hydra.sweeper.storage = \S+ cannot be opened: ", line)
+    assert re.search(r"^error: hydra.sweeper.storage = \S+ cannot be opened \(", line)
     assert re.search(says, line)
     assert PASSWORD not in out
     assert "other-planted-7" not in out
     assert not (program.folder / "multirun").exists()
+
+
+@pytest.mark.long
+def test_a_database_that_is_away_holds_up_no_training(
+    program: Program, own_postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A validation that cannot be reported is left out; a trial's end is waited for."""
+    url = own_postgres.database()
+    program.sweep(*SPACE, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=1")
+    monkeypatch.setattr(attempts, "briefly", lambda: patience(0.2))
+    keys = {"storage": url, "study_name": "s", "sampler": {"_target_": "optuna.samplers.RandomSampler"}}
+    session = open_existing(read_settings(keys), program.folder / "multirun/s")
+    trial = session.study.ask()
+    session.mark(trial, attempt={"token": "t", "count": 1})
+    attempt = attempts.Attempt(session, trial.number, "t", trial._trial_id)
+    attempt.claim()
+    own_postgres.stop()
+    assert attempt.judge(1, {"validation/accuracy": 0.5}) is None
+    attempt.released()  # nobody to tell: it is found later
+    ending = threading.Thread(target=attempt.ended, args=[Outcome(End.completed, [0.5])])
+    ending.start()
+    time.sleep(1)
+    own_postgres.start()
+    ending.join(60)
+    attempt.judge(2, {"validation/accuracy": 0.75})
+    told = session.trial(trial.number)
+    assert told.intermediate_values == {2: 0.75}
+    assert told.user_attrs["outcome"]["values"] == [0.5]
+
+
+@pytest.mark.long
+def test_a_sweep_can_be_interrupted_while_its_database_is_away(program: Program, own_postgres: Postgres) -> None:
+    url = own_postgres.database()
+    words = [*SPACE, f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=4", "seconds=0.5"]
+    process = program.start(*words)
+    wait_for_calls(program, 2)
+    own_postgres.stop()
+    time.sleep(2)  # by now it tries in vain
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "continue with: " in out
+    assert "Traceback" not in out + err
+    own_postgres.start()
+    program.sweep(*words)
+    check_each_once(program, trials_in(url, program), 4, cut_short=1)
 
 
 # Passwords
