@@ -70,6 +70,17 @@ class Score:
     bare: bool
 
 
+def share_out(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices for each of `size` processes: longest first, each to the one that has the fewest tokens so far."""
+    loads = [0] * size
+    shares: list[list[int]] = [[] for _ in range(size)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += lengths[index]
+        shares[lightest].append(index)
+    return [sorted(share) for share in shares]
+
+
 class Abandoned(Exception):
     """On a process that does not lead: the work at hand is given up, and the leader knows why."""
 
@@ -159,14 +170,7 @@ class Joined(Ranks):
         return self._elsewhere or self._came()
 
     def share(self, lengths: Sequence[int]) -> list[int]:
-        loads = [0] * self.size
-        own = []
-        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[index]
-            if lightest == self.rank:
-                own.append(index)
-        return sorted(own)
+        return share_out(lengths, self.size)[self.rank]
 
     def sum(self, work: Callable[[], NDArray[np.float64]], count: int) -> NDArray[np.float64]:
         import numpy as np
