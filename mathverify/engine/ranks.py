@@ -86,14 +86,15 @@ class Abandoned(Exception):
 
 
 class Ranks:
-    """This process and the others; this class is for one that is alone, for whom every sum is its own.
-
-    came: tells whether a signal asked this process to end.
-    """
+    """This process and the others; this class is for one that is alone, for whom every sum is its own."""
 
     rank, size = 0, 1
 
-    def __init__(self, came: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self) -> None:
+        self.heed(lambda: False)
+
+    def heed(self, came: Callable[[], bool]) -> None:
+        """came: tells whether a signal asked this process to end."""
         self._came = came
 
     def stop(self) -> bool:
@@ -140,10 +141,10 @@ class Ranks:
 class Joined(Ranks):
     """This process among others. Words and small sums go by gloo, tensors on a GPU by NCCL."""
 
-    def __init__(self, here: Place, came: Callable[[], bool]) -> None:
+    def __init__(self, here: Place) -> None:
         import torch.distributed as dist
 
-        super().__init__(came)
+        super().__init__()
         self.rank, self.size = here.rank, here.size
         self._elsewhere = self._broken = False
         if here.local_size == here.size:
@@ -277,10 +278,13 @@ def leading(word: Any, device: str, came: Callable[[], bool]) -> Iterator[Ranks]
     """
     here = place()
     if here.size == 1:
-        yield Ranks(came)
+        alone = Ranks()
+        alone.heed(came)
+        yield alone
         return
     _refuse_impossible(here, device)
-    ranks = Joined(here, came)
+    ranks = Joined(here)
+    ranks.heed(came)
     try:
         ranks.tell(word)
         ranks.use(own_device(device, here))

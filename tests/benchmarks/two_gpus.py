@@ -101,7 +101,7 @@ def work(options: argparse.Namespace) -> None:
     here = place()
     ranks: Ranks = Ranks()
     if here.size > 1:
-        ranks = Joined(here, lambda: False)
+        ranks = Joined(here)
         ranks.use(device())
     rows = Workload(400 if options.tiny else 2000, 512 if options.tiny else 128256)
     model = base(options.tiny, QuantizationKind.nf4)

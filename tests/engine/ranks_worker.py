@@ -62,7 +62,8 @@ class Team:
     def alike(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is bitwise the same on all processes."""
         mean = self.ranks.sum(lambda: tensor.double().numpy() / self.ranks.size, tensor.numel())
-        return self.ranks.sum(lambda: np.array([float((mean != tensor.double().numpy()).any())]), 1)[0] == 0
+        differs = float((mean != tensor.double().numpy()).any())
+        return float(self.ranks.sum(lambda: np.array([differs]), 1)[0]) == 0.0
 
 
 def several_trials(team: Team) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def out_of_memory(team: Team) -> dict[str, Any]:
         found = team.outcome(pack, team.steps(pack, 3))
     finally:
         team.model.hidden = whole  # type: ignore[method-assign]
-    halved = team.ranks.sum(lambda: np.array([float(pack.budget.tokens < BUDGET)]), 1)[0]
+    halved = float(team.ranks.sum(lambda: np.array([float(pack.budget.tokens < BUDGET)]), 1)[0])
     return found | {"halved": halved}
 
 
@@ -159,7 +160,8 @@ def all_of_it(ranks: Ranks, signal_to_last: Callable[[], None]) -> dict[str, Any
 def main() -> None:
     came: list[int] = []
     here = place()
-    ranks = Joined(here, lambda: bool(came))
+    ranks = Joined(here)
+    ranks.heed(lambda: bool(came))
     found = all_of_it(ranks, lambda: came.append(15) if here.rank == here.size - 1 else None)
     if here.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
