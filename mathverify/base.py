@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mathverify.config import Dtype, ModelConfig, QuantizationConfig, QuantizationKind, RunConfig
 from mathverify.errors import UserError
+from mathverify.hub import cache_damage, mending, nobody_asked_in_vain
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +68,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _Explaining(config):
+    with _Explaining(config), _asking_the_hub(config):
         return AutoTokenizer.from_pretrained(model_path(config), revision=config.revision, trust_remote_code=False)
 
 
@@ -116,6 +118,11 @@ def resolve_dtype(choice: Dtype, device: str) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def _asking_the_hub(config: ModelConfig) -> AbstractContextManager[None]:
+    """Within, transformers may ask the hub about this model, if the hub answers; nobody is asked about a folder."""
+    return nullcontext() if Path(model_path(config)).is_dir() else nobody_asked_in_vain()
+
+
 def weights_fingerprint(config: ModelConfig) -> str:
     """Identity of the base's weights without reading all of them.
 
@@ -152,7 +159,7 @@ def _load_model(
 
     if config.path is None or not sys.stderr.isatty():
         logging.disable_progress_bar()  # a bar is for a load that takes a while, and for a terminal
-    with _Explaining(config):
+    with _Explaining(config), _asking_the_hub(config):
         return AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.revision,
@@ -225,6 +232,8 @@ class _Explaining:
             return "no such folder: give a folder with config.json, *.safetensors and the tokenizer's files"
         if unknown:
             return "the hub has no model of this name, or it is private: check the name, or run `hf auth login`"
+        if (damage := cache_damage(str(self.config.path), "model", self.config.revision)) is not None:
+            return f"{damage}: {mending(str(self.config.path), 'model')}, or give a local copy with model.path=FOLDER"
         if _is_offline(text):
             return (
                 "the hub cannot be reached and the model is not in the local cache: connect once to download it "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,7 +161,6 @@ class PackRunner:
         self.bench, self.screen, self.stop, self.follow, self.closed = bench, screen, stop, follow, closed
         self.ranks = ranks or Ranks()
         self.open: dict[Trial, Run] = {}
-        self._finishing: list[threading.Thread] = []
 
     def run(self, runs: Sequence[Run]) -> None:
         """Train, evaluate and record all of them, and those that follow.
@@ -184,9 +182,6 @@ class PackRunner:
         except Exception as error:
             self._break_up(pack, error)
             raise
-        finally:
-            for thread in self._finishing:
-                thread.join()
 
     def _train(self, pack: Pack) -> None:
         self._share(pack.trials)
@@ -350,14 +345,9 @@ class PackRunner:
         self._leave(run, Status.failed)
 
     def _leave(self, run: Run, status: Status) -> None:
-        """The run is over for this pack. Its tracker may wait for a slow server, which the others do not."""
+        """The run is over for this pack. A slow server must not hold the others up: see `uploads_in_background`."""
         del self.open[run.trial]
-        if self.open:
-            thread = threading.Thread(target=run.tracker.finish, args=(status,), name="tracker")
-            thread.start()
-            self._finishing.append(thread)
-        else:
-            run.tracker.finish(status)
+        run.tracker.finish(status)
         run.lock.release()
         self.screen.ended(run)
         self.closed(run)

@@ -112,6 +112,7 @@ def start(command: Sequence[str], log: Path, user: str | None = None, **more: An
 
 
 def _die_with_tests() -> None:
+    """The kernel watches the thread that started the server: tests start servers in their main thread."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
@@ -170,6 +171,12 @@ class Postgres:
             env=os.environ | {"PGPASSWORD": PASSWORD}, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return done.stdout.strip()
+
+
+def with_password(folder: Path) -> list[Path]:
+    """The files under a folder that have the database's password in them."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if PASSWORD.encode() in path.read_bytes()]
 
 
 @pytest.fixture(scope="session")

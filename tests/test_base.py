@@ -130,6 +130,7 @@ def load_from_hub(name: str, tmp_path: Path, **environment: str) -> str:
     env |= environment
     done = subprocess.run([sys.executable, "-c", program, name], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr, "the hub's client is not to try every file again and again"
     assert len(done.stdout.strip().splitlines()) == 1
     return done.stdout.strip()
 

@@ -10,7 +10,7 @@ verdict.py    what may be said: winner or tie, what it would take, how much choo
 wording.py    a verdict in sentences
 table.py      rows and columns; as CSV, Markdown, LaTeX
 show.py       tables and sentences on a terminal of any width
-report/       report.html and figures for a paper
+report/       report.html and figures for a paper; needs the extra mathverify[report]
 wandb_views.py  the saved view and the report of a W&B project
 
 No torch here: it starts fast and works anywhere. Only reads; runs and studies are never changed.

@@ -2,8 +2,8 @@
 
 python -m mathverify.compare outputs/2026-11-23/10-00-00 outputs/2026-11-23/11-00-00
 python -m mathverify.compare multirun/rank_grid --table table.csv --table table.md
-python -m mathverify.compare multirun/rank_grid --report report.html --figures figures
 python -m mathverify.compare multirun/rank_grid --baseline multirun/rank_grid/0
+python -m mathverify.compare multirun/rank_grid --report --figures figures
 python -m mathverify.compare journal://multirun/rank_grid/study.journal
 python -m mathverify.compare --wandb ENTITY/PROJECT
 """
@@ -14,13 +14,21 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mathverify.errors import UserError
 
+if TYPE_CHECKING:
+    from mathverify.compare.reading import Comparison, RunView
+    from mathverify.compare.report.content import Content
+    from mathverify.compare.verdict import Verdict
+
 BAD_INPUT, INTERRUPTED = 2, 130
+BESIDE = Path("report.html")
+"""--report without a path: this, in the folder that is compared, or here where that is not one folder."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,8 +58,13 @@ def parser() -> Parser:
         "--table", metavar="PATH", type=Path, action="append", default=[],
         help="also write the tables: .csv, .md or .tex; may be repeated",
     )  # fmt: skip
-    made.add_argument("--report", metavar="PATH", type=Path, help="also write a page to look at, one file")
-    made.add_argument("--figures", metavar="FOLDER", type=Path, help="also write figures for a paper")
+    made.add_argument(
+        "--report", metavar="PATH.html", type=Path, nargs="?", const=BESIDE,
+        help="also write a page to look at, one file; without a path report.html in the folder compared",
+    )  # fmt: skip
+    made.add_argument(
+        "--figures", metavar="FOLDER", type=Path, help="also write its figures as SVG and PNG, for a paper"
+    )
     made.add_argument(
         "--wandb", metavar="ENTITY/PROJECT",
         help="make the saved view and the report of this W&B project, also without any PLACE; needs an online account",
@@ -65,7 +78,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit code: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    if not options.places and options.wandb is None:
+    stray = options.report is not None and options.report.suffix.lower() not in (".html", ".htm")
+    if not options.places and options.wandb is None and not stray:  # a stray place after --report is told of by itself
         parser().error("the following arguments are required: PLACE")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a name's letters
@@ -104,37 +118,61 @@ def compare(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mathverify.compare.show import show
-    from mathverify.compare.table import write_table
     from mathverify.compare.verdict import By, judge
 
     verdicts = judge(
         comparison, baseline=baseline, by=By(options.by), confidence=options.confidence,
         resamples=options.resamples, seed=options.seed,
     )  # fmt: skip
-    console = Console(highlight=False)
-    show(console, comparison, verdicts, options.limit)
-    for path in options.table:
-        write_table(path, comparison, verdicts)
-        _say_written(path)
-    if options.report is not None:
-        from mathverify.compare.report.page import write_report
-        from mathverify.compare.wording import all_sentences
-
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        _say_written(write_report(comparison, options.report, sentences=all_sentences(verdicts), baseline=baseline))
-    if options.figures is not None:
-        from mathverify.compare.report.figures import write_figures
-
-        written = write_figures(comparison, options.figures, baseline=baseline)
-        _say_written(options.figures, f" ({len(written)} files)")
+    show(Console(highlight=False), comparison, verdicts, options.limit)
+    _write(options, comparison, verdicts, baseline)
     if options.wandb is not None:
         _save_views(options.wandb, comparison.varying)
 
 
-def _say_written(path: Path, more: str = "") -> None:
+def _write(
+    options: argparse.Namespace, comparison: Comparison, verdicts: Sequence[Verdict], baseline: RunView | None
+) -> None:
+    """The files that were asked for. Raises UserError when a place cannot be written."""
+    from mathverify.compare.table import write_table
+
+    for path in options.table:
+        with _writing(path):
+            write_table(path, comparison, verdicts)
+    if options.report is not None or options.figures is not None:
+        from mathverify.compare.report.content import collect
+
+        _draw(collect(comparison, verdicts, baseline, options.confidence), options)
+
+
+def _draw(content: Content, options: argparse.Namespace) -> None:
+    """Write what --report and --figures ask for."""
+    if options.report is not None:
+        from mathverify.compare.report.page import write_report
+
+        only = Path(options.places[0]) if len(options.places) == 1 else None
+        beside = options.report is BESIDE and only is not None and only.is_dir()
+        target: Path = only / BESIDE if beside and only is not None else options.report
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_report(content, target)
+    if options.figures is not None:
+        from mathverify.compare.report.figures import write_figures
+
+        with _writing(options.figures):
+            write_figures(content, options.figures)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what was written, or why it was not."""
     from mathverify.printable import printable
 
-    print(f"written: {printable(str(path))}{more}")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): choose another place") from None
+    print(f"written: {printable(str(path))}")
 
 
 def _save_views(target: str, varying: Sequence[str]) -> None:
@@ -145,6 +183,8 @@ def _save_views(target: str, varying: Sequence[str]) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.report is not None and options.report.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--report {options.report}: a page ends in .html (folders to compare come before --report)")
     if not 0.5 <= options.confidence < 1.0:
         raise UserError(f"--confidence {options.confidence} is not possible: use a number in [0.5, 1)")
     if options.resamples < 100:
@@ -157,11 +197,18 @@ def _check(options: argparse.Namespace) -> None:
         for path in options.table:
             checked_suffix(path)
     if options.report is not None or options.figures is not None:
-        from importlib.util import find_spec
+        from mathverify.compare.report import require_extra
 
-        if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
-            asked = "--report" if options.report is not None else "--figures"
-            raise UserError(f"{asked} needs {' and '.join(missing)}: pip install 'mathverify[report]'")
+        require_extra("--figures" if options.report is None else "--report")
+        _check_targets(options)
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """What cannot be written is told before everything is read."""
+    if options.report is not None and options.report.is_dir():
+        raise UserError(f"--report {options.report}: is a folder: give a file such as {options.report / BESIDE}")
+    if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
+        raise UserError(f"--figures {options.figures}: is a file: give a folder")
 
 
 if __name__ == "__main__":

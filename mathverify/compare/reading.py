@@ -151,6 +151,7 @@ class Comparison:
         found = [r for r in self.runs if os.path.realpath(r.folder) == real]
         found = found or [r for r in self.runs if r.label == place.strip("/")]
         found = found or [r for r in self.runs if r.name == place]
+        found = found or [r for r in self.runs if os.path.realpath(r.folder).endswith(f"/{place.strip('/')}")]
         if len(found) == 1:
             return found[0]
         known = ", ".join(run.label for run in self.runs[:8]) + (", ..." if len(self.runs) > 8 else "")
@@ -350,7 +351,7 @@ def _last_line(path: Path) -> str:
         lines = path.read_text("utf-8", "replace").strip().splitlines()
     except OSError as error:
         return f"{path}: not readable ({error.strerror})"
-    return " ".join(lines[-1].split())[:500] if lines else "it left no reason"
+    return " ".join(str(redact(lines[-1])).split())[:500] if lines else "it left no reason"
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from mathverify.engine.model import PackedModel
 CPU_TOKENS = 4096
 """On a CPU memory is rarely what limits a pass: this many tokens keep the cores busy without leaving the cache."""
 
-MOST, MOST_LEAN = 65536, 4096
+MOST, MOST_LEAN = 65536, 3072
 """Tokens of the largest pass that is planned on a GPU: beyond these a pass gains no speed, and lean wants it small."""
 
 RESERVE = 0.92

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mathverify.config import LossKind
 from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
 from mathverify.engine.ranks import Ranks, Step
@@ -33,6 +34,7 @@ class Pack:
         self.ranks = ranks or Ranks()
         self.trials: list[Trial] = []
         self.shares: dict[Trial, float] = {}
+        self._made_ready: tuple[list[Adapter | None], Ready] | None = None
 
     def add(self, trial: Trial) -> None:
         """A trial joins from the next round on."""
@@ -85,11 +87,19 @@ class Pack:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
-        ready = self.model.ready([trial.adapter for trial in trials])
+        ready = self._ready(trials)
         for kind, part in self._cut(trials, segments):
             self._one_pass(trials, ready, kind, PassLayout(part, self.model.device), totals)
         sums: list[float] = totals.tolist()
         return sums
+
+    def _ready(self, trials: Sequence[Trial]) -> Ready:
+        """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
+        enough as long as the trials are the same; else they use copies, which each update makes stale."""
+        adapters: list[Adapter | None] = [trial.adapter for trial in trials]
+        if self._made_ready is None or self.model.base.dtype is not torch.float32 or self._made_ready[0] != adapters:
+            self._made_ready = adapters, self.model.ready(adapters)
+        return self._made_ready[1]
 
     def _cut(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> Iterator[tuple[LossKind, list[Segment]]]:
         """Passes of one kind of loss each."""
@@ -107,7 +117,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        totals.index_add_(0, slots, weighted.detach())
+        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
+        totals += (
+            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        ).float() @ weighted.detach()
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:

@@ -19,9 +19,11 @@ from mathverify.engine.layout import PassLayout
 TILE = 64
 """Rows of one tile; a tile never spans two segments."""
 _LOG2_E = 1.4426950408889634
+_kernel = triton.jit(do_not_specialize=["tokens"])
+"""Every pass has its own number of tokens: it must not mean a compilation of its own."""
 
 
-@triton.jit
+@_kernel
 def _forward(
     q, k, v, out, lse, tiles, q_row, kv_row, out_row, tokens, scale,
     SHARED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -53,7 +55,7 @@ def _forward(
     tl.store(lse + head.to(tl.int64) * tokens + m, most + tl.log2(total), mask=m < end)
 
 
-@triton.jit
+@_kernel
 def _row_products(out, grad, delta, out_row, grad_row, tokens, SIZE: tl.constexpr, ROWS: tl.constexpr) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
@@ -65,7 +67,7 @@ def _row_products(out, grad, delta, out_row, grad_row, tokens, SIZE: tl.constexp
     tl.store(delta + head.to(tl.int64) * tokens + row, tl.sum(a * b, axis=1), mask=inside)
 
 
-@triton.jit
+@_kernel
 def _query_grad(
     q, k, v, grad, lse, delta, q_grad, tiles, q_row, kv_row, grad_row, out_row, tokens, scale, plain_scale,
     SHARED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -97,7 +99,7 @@ def _query_grad(
     tl.store(place, (result * plain_scale).to(q_grad.dtype.element_ty), mask=rows)
 
 
-@triton.jit
+@_kernel
 def _key_value_grad(
     q, k, v, grad, lse, delta, k_grad, v_grad, tiles, q_row, kv_row, grad_row, out_row, tokens, scale, plain_scale,
     SHARED: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,

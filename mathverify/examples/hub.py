@@ -11,7 +11,8 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mathverify.config import DataConfig
 from mathverify.errors import UserError
 from mathverify.examples.rows import BATCH_ROWS, RawBatch, Source, find_columns, one_line, show
 from mathverify.examples.table import plain_batch
+from mathverify.hub import cache_damage, mending, nobody_asked_in_vain
 
 
 def sources(config: DataConfig) -> list[Source]:
@@ -46,11 +48,24 @@ def _open_split(name: str, split: str, config: DataConfig) -> Source:
 def _load(name: str, where: str, config: DataConfig) -> Any:
     """The split as a datasets.Dataset, memory-mapped."""
     import datasets
+    import pyarrow
 
+    local = _is_local(config.path or "")
+    path = str(Path(config.path or "").expanduser()) if local else config.path
+    read = partial(datasets.load_dataset, path, split=name, revision=config.revision)
     try:
-        path = str(Path(config.path or "").expanduser()) if _is_local(config.path or "") else config.path
-        with _quiet():
-            return datasets.load_dataset(path, split=name, revision=config.revision)
+        with _quiet(), nullcontext() if local else nobody_asked_in_vain():
+            try:
+                return read()
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                if type(error) not in (
+                    pyarrow.ArrowInvalid,
+                    OSError,
+                    FileNotFoundError,
+                ):  # the network's are kinds of it
+                    raise
+                # datasets' own prepared copy is torn, by a kill or a full disk: made again from the files
+                return read(download_mode=datasets.DownloadMode.REUSE_CACHE_IF_EXISTS)
     except Exception as error:  # the hub's client raises from requests, httpx, fsspec, arrow and its own tree
         raise explain(error, where, config) from error
 
@@ -101,6 +116,8 @@ def explain(error: BaseException, where: str, config: DataConfig) -> UserError:
         )
     if "GatedRepoError" in names or "gated" in text.lower():
         return UserError(f"{where}: is gated: accept its licence on its hub page and log in (hf auth login), {folder}")
+    if not local and (damage := cache_damage(config.path or "", "dataset", config.revision)) is not None:
+        return UserError(f"{where}: {damage}: {mending(config.path or '', 'dataset')}, {folder}")
     if not local and _offline():
         return UserError(f"{where}: the hub client is in offline mode: unset HF_HUB_OFFLINE, {folder}")
     if local:

@@ -3,7 +3,7 @@
 plugin.py is what Hydra sees and imports nothing heavy; everything else here is imported when a sweep starts. The pack
 launcher, which trains a sweep's runs together on one base, is here too: pack_launcher.py, packs.py, ticket.py.
 
-Not yet exercised by a test: databases as storage (PostgreSQL's lock in storage.py, passwords in URLs), launchers other
-than Hydra's basic one, and streaming ones (sweeper.py), workers on another machine (liveness.Watch),
-custom_search_space, and points that run out of memory (proposals.py).
+Not exercised by a test: databases other than PostgreSQL and sqlite, two machines for real (tests give processes of one
+machine two names), real GPUs dealt out to trials (tests use names of devices), Slurm on more than one node, Ray on more
+than one machine, and clusters that launchers reach over the network.
 """

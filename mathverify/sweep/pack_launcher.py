@@ -118,10 +118,11 @@ def _work(
     from mathverify.run import heeding_signals
     from mathverify.screen import SCREEN, paper
     from mathverify.sweep.packs import Packs
+    from mathverify.tracking import uploads_in_background
 
     begun = [ticket]
     words = paper(Path(ticket.composed.hydra.sweep.dir) / SCREEN) if of_a_study else None
-    with heeding_signals() as stop, PackScreen(words=words) as screen:
+    with uploads_in_background(), heeding_signals() as stop, PackScreen(words=words) as screen:
         at_first(screen)
         try:
             Packs(lambda: begun.pop() if begun else take(), most, screen, stop).run()

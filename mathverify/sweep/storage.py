@@ -150,7 +150,10 @@ def existing_storage(storage: str | dict[str, Any] | None, folder: Path) -> Base
 
 
 def _cannot_open(storage: str | dict[str, Any], error: Exception) -> UserError:
-    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened: {_reason(error)}")
+    remedy = "see that it runs, that it lets this user in, and that the URL is right"
+    if isinstance(error, ImportError):
+        remedy = "pip install 'mathverify[postgres]'" if "psycopg" in str(error) else "install its driver"
+    return UserError(f"hydra.sweeper.storage = {shown(storage)} cannot be opened ({_reason(error)}): {remedy}")
 
 
 class JournalStudy(JournalStorage):
@@ -247,6 +250,9 @@ for _name in (
 
 def open_database(url: str) -> Database:
     """Connect, and make Optuna's tables if there are none; only one of several workers does."""
+    if (file := _sqlite_file(url)) is not None:
+        with _holding(_lock_of(file, "tables")):
+            return Database(url)
     if not _is_postgres(url):
         return Database(url)
     import sqlalchemy as sql
@@ -376,12 +382,18 @@ def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T
     """
     if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
         return patiently(lambda: _alone_in_postgres(storage, name, section))
-    path = _lock_path(storage, name, folder)
+    with _holding(_lock_path(storage, name, folder)):
+        return section()
+
+
+@contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    """Exclusively, until the block or the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        return section()
+        yield
     finally:
         os.close(handle)
 
@@ -439,11 +451,17 @@ def _key(name: str) -> int:
 def _lock_path(storage: BaseStorage, name: str, folder: Path) -> Path:
     """Beside the study's file, where every process that shares the file finds it."""
     if isinstance(storage, JournalStudy):
-        file: Path | None = storage.path
-    else:
-        database = storage.engine.url.database if isinstance(storage, RDBStorage) else None
-        is_file = isinstance(storage, RDBStorage) and storage.engine.dialect.name == "sqlite"
-        file = Path(database) if is_file and database else None
-    if file is None:
-        return folder / ".lock"
-    return file.with_name(f".{file.name}.{hashlib.sha256(name.encode()).hexdigest()[:8]}.lock")
+        return _lock_of(storage.path, name)
+    file = _sqlite_file(storage.url) if isinstance(storage, RDBStorage) else None
+    return folder / ".lock" if file is None else _lock_of(file, name)
+
+
+def _lock_of(file: Path, what: str) -> Path:
+    return file.with_name(f".{file.name}.{hashlib.sha256(what.encode()).hexdigest()[:8]}.lock")
+
+
+def _sqlite_file(url: str) -> Path | None:
+    """The file of an sqlite URL; None for other databases, and for one in memory."""
+    scheme, _, rest = url.partition("://")
+    path = rest.removeprefix("/").partition("?")[0]
+    return Path(path) if scheme.partition("+")[0] == "sqlite" and path not in ("", ":memory:") else None

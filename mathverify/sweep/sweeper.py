@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -75,6 +76,7 @@ def sweep(
     _require_budget(settings, space)
     _require_custom(settings)
     validated = 0 if is_worker() else composer.preflight()
+    launcher = _launcher(context, task, config)  # before anything is made: it refuses settings of its own
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
     remember(session)
     if not is_worker():
@@ -85,7 +87,7 @@ def sweep(
     with uploads_in_background():
         try:
             with _interruptible():
-                _run_all(proposer, context, task, config)
+                _run_all(proposer, launcher, config)
         except (KeyboardInterrupt, SystemExit):
             _interrupted(proposer)
         return None if is_worker() else _close(session, proposer)
@@ -124,7 +126,13 @@ def _require_custom(settings: Settings) -> None:
 # Running
 
 
-def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
+def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> Launcher:
+    return Plugins.instance().instantiate_launcher(
+        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
+    )
+
+
+def _run_all(proposer: Proposer, launcher: Launcher, config: DictConfig) -> None:
     settings = proposer.session.settings
     basic = config.hydra.launcher.get("_target_") == BASIC
     if settings.n_jobs > 1 and basic and not is_worker():
@@ -135,9 +143,6 @@ def _run_all(proposer: Proposer, context: HydraContext, task: TaskFunction, conf
         proposer.problem = any(code == STOPPED for code in codes)
         if proposer.problem:
             return
-    launcher = Plugins.instance().instantiate_launcher(
-        config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
-    )
     _quiet_launchers()
     with Heart(proposer.beat):
         if isinstance(launcher, StreamingLauncher):

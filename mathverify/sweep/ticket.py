@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.judge import Judge, nobody
-from mathverify.sweep.attempt import ERROR_FILE, Attempt, TrialFailed
+from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
 from mathverify.sweep.grouping import base_key
 from mathverify.sweep.lease import leased_device
 from mathverify.sweep.outcome import End
@@ -113,9 +113,12 @@ class Ticket:
             outcome = (
                 self.attempt.returned(self.folder, value) if error is None else self.attempt.raised(self.folder, error)
             )
-            self.attempt.ended(outcome)
-            if outcome.end is End.failed:
-                self.job.return_value, self.job.status = TrialFailed(outcome.reason), JobStatus.FAILED
+            try:
+                self.attempt.ended(outcome)
+                if outcome.end is End.failed:
+                    self.job.return_value, self.job.status = TrialFailed(outcome.reason), JobStatus.FAILED
+            except Superseded as late:  # whoever has the trial now says how it ends
+                self.job.return_value, self.job.status = late, JobStatus.FAILED
         self.context.callbacks.on_job_end(config=self.composed, job_return=self.job)
         self.settle(str(error) if error is not None and self.attempt is None else None)
 

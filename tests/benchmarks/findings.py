@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.findings                          three studies of three settings with eight seeds each
 python -m tests.benchmarks.findings --only rank --seeds 4
-python -m tests.benchmarks.findings -- train.max_steps=200   overrides for every run
+python -m tests.benchmarks.findings -- data.test_rows=4000   overrides for every run
 
 Writes docs/findings/: README.md with what may be said and the tables behind it, and for each study report.html, figures
 and table.csv. The same command continues after a kill and repeats nothing that is done. Runs are trained one by one in
@@ -16,13 +16,13 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mathverify.compare.reading import Comparison, State, read_runs
+from mathverify.compare.report.content import collect
 from mathverify.compare.report.figures import write_figures
 from mathverify.compare.report.page import write_report
 from mathverify.compare.table import configuration_table, markdown, versus_table, write_table
@@ -35,12 +35,13 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Study:
-    """One question. sweep, overrides: what is run; seeds are added. settings: how many there are without seeds."""
+    """One question. sweep: what is run; seeds are added. settings: how many there are without seeds.
+    equal_examples: hold examples equal instead of steps."""
 
     name: str
     question: str
     sweep: str
-    overrides: tuple[str, ...] = ()
+    equal_examples: bool = False
     settings: int = 3
 
 
@@ -49,7 +50,7 @@ STUDIES = (
     Study("batch_equal_steps", "Does a bigger batch help at equal steps? (it sees more examples)", "batch_grid"),
     Study(
         "batch_equal_examples", "Does a bigger batch help at equal examples? (it takes fewer steps)", "batch_grid",
-        ("train.max_examples=6400",),
+        equal_examples=True,
     ),
 )  # fmt: skip
 
@@ -63,19 +64,21 @@ and need not hold for a large one. On Llama-3.1-8B the mission reported 75.8% (r
 """
 
 
-def command(study: Study, seeds: int, runs: Path, extra: Sequence[str]) -> list[str]:
+def command(study: Study, options: argparse.Namespace, runs: Path) -> list[str]:
     """What runs a study, and continues it."""
+    seeds = options.seeds
+    length = f"train.max_examples={options.steps * 16}" if study.equal_examples else f"train.max_steps={options.steps}"
     return [
-        sys.executable, "-m", "mathverify.train", "-m", f"sweep={study.sweep}", *study.overrides,
+        sys.executable, "-m", "mathverify.train", "-m", f"sweep={study.sweep}", length,
         f"seed=range(1,{seeds + 1})", f"hydra.sweeper.n_trials={study.settings * seeds}", "hydra.sweeper.n_jobs=1",
         "hydra/launcher=basic", f"hydra.sweeper.study_name={study.name}", f"hydra.sweep.dir='{runs / study.name}'",
-        "tracking=none", *extra,
+        "tracking=none", *options.overrides,
     ]  # fmt: skip
 
 
 def run(study: Study, options: argparse.Namespace) -> None:
     """Bring a study to its end with several processes. Raises SystemExit when one of them fails."""
-    words = command(study, options.seeds, options.runs, options.overrides)
+    words = command(study, options, options.runs)
     total = study.settings * options.seeds
     options.runs.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -123,11 +126,14 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
     folder.mkdir(parents=True, exist_ok=True)
     said = sentences(verdict)
     write_table(folder / "table.csv", comparison, [verdict])
-    write_report(comparison, folder / "report.html", sentences=said)
-    pictures = _pictures(comparison, folder / "figures")
+    content = collect(comparison, [verdict])
+    write_report(content, folder / "report.html")
+    # PNGs would weigh megabytes in the repository
+    written = write_figures(content, folder / "figures", kinds=("svg",))
+    pictures = [path.stem for path in written if path.suffix == ".svg"]
     about = f"{verdict.rows:,} test rows of {verdict.questions:,} questions, mean over {options.seeds} seeds"
     shown = [configuration_table(verdict, about), versus_table(verdict)]
-    words = command(study, options.seeds, Path("multirun"), options.overrides)
+    words = command(study, options, Path("multirun"))
     links = (
         f"To look at: [report.html]({study.name}/report.html); for a paper: [figures]({study.name}/figures); every run: "
         f"[table.csv]({study.name}/table.csv)."
@@ -139,17 +145,6 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
         markdown(shown).strip(),
         f"{links} Run by `python {shlex.join(words[1:])}`.",
     ])  # fmt: skip
-
-
-def _pictures(comparison: Comparison, folder: Path) -> list[str]:
-    """Write the figures as SVG (their PNGs would weigh megabytes in the repository); returns their names."""
-    with tempfile.TemporaryDirectory() as name:
-        written = write_figures(comparison, Path(name))
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in written:
-            if path.suffix != ".png":
-                write_atomic(folder / path.name, path.read_bytes())
-    return [path.stem for path in written if path.suffix == ".svg"]
 
 
 def _require_all(study: Study, comparison: Comparison, seeds: int) -> None:
@@ -174,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[study.name for study in STUDIES], action="append")
     parser.add_argument("--seeds", type=int, default=8, help="of each setting (8)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of every run, or with equal examples of 16 a step (400)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that share a study (2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "multirun" / "findings", help="where run folders go")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "findings", help="where the page goes")

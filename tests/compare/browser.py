@@ -64,8 +64,8 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, page: Path, size: tuple[int, int] = DESKTOP, *, dark: bool = False, still: bool = False) -> None:
-        """Show a local page at a window size, under a system that is dark, or wants reduced motion."""
+    def open(self, page: Path, size: tuple[int, int] = DESKTOP, *, dark: bool = False, still: bool = True) -> None:
+        """Show a local page at a window size, under a system that is dark, or does not want reduced motion."""
         width, height = size
         self.tell("Emulation.setDeviceMetricsOverride",
                   width=width, height=height, deviceScaleFactor=1, mobile=width < 500)  # fmt: skip

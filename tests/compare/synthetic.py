@@ -79,7 +79,7 @@ def run(
     _curves(folder / "metrics.jsonl", steps, quality, batch, random, diverges=state is Status.failed)
 
     record = RunRecord.begin(config)
-    record.status, record.device, record.data_fingerprint = state, "cpu", "made-up"
+    record.status, record.device, record.test_fingerprint = state, "cpu", f"made-up-{table.num_rows}"
     record.started = f"2026-11-24T{10 + number // 60 % 14:02d}:{number % 60:02d}:00+00:00"
     record.finished = None if state is Status.running else record.started
     record.reason = {

@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,38 @@ from .conftest import Make, TestRows, config_of
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
+@dataclass
+class Done:
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command in this process, on a terminal of so many columns."""
+
+    def run(*arguments: str, columns: int = 200) -> Done:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = int(str(end.code))
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+def python(*arguments: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    """The same as a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns)}
-    words = [sys.executable, "-m", "mathverify.compare", *arguments]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -51,7 +81,7 @@ def sweep(make: Make, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_it_is_readable_at_any_width(sweep: Path, columns: int) -> None:
+def test_it_is_readable_at_any_width(command: Command, sweep: Path, columns: int) -> None:
     done = command(str(sweep), columns=columns)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -76,14 +106,22 @@ def test_it_is_readable_at_any_width(sweep: Path, columns: int) -> None:
     assert "winner: rank=64 alpha=64" in text
 
 
-def test_the_best_run_comes_first(sweep: Path) -> None:
+def test_as_a_program_it_ends_with_the_same_codes_and_streams(sweep: Path) -> None:
+    done = python("-m", "mathverify.compare", str(sweep), columns=80)
+    assert done.returncode == 0 and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "winner: rank=64 alpha=64" in done.stdout
+    refused = python("-m", "mathverify.compare", "nowhere")
+    assert refused.returncode == 2 and refused.stdout == "" and len(refused.stderr.splitlines()) == 1
+
+
+def test_the_best_run_comes_first(command: Command, sweep: Path) -> None:
     shown = command(str(sweep)).stdout
     runs = shown[shown.index("runs (") :]
     accuracies = [float(x) for x in re.findall(r"(\d\d\.\d)% \[", runs.partition("\n\n")[0])]
     assert len(accuracies) == 6 and accuracies == sorted(accuracies, reverse=True)
 
 
-def test_long_tables_are_cut_and_say_so(sweep: Path) -> None:
+def test_long_tables_are_cut_and_say_so(command: Command, sweep: Path) -> None:
     assert "... and 5 more (--limit 0 shows all" in command(str(sweep), "--limit", "4").stdout
     assert "more (--limit 0" not in command(str(sweep), "--limit", "0").stdout
 
@@ -105,7 +143,7 @@ def test_csv_holds_every_run_in_full(sweep: Path, tmp_path: Path) -> None:
 HOSTILE = "=cmd|'/c calc'!A0 <script>alert(1)</script> \\write18{rm} \x1b]0;owned\x07 a|b_c & 100% $x$ #1 ~^{}\u202e"
 
 
-def test_hostile_names_are_harmless_everywhere(make: Make, tmp_path: Path) -> None:
+def test_hostile_names_are_harmless_everywhere(command: Command, make: Make, tmp_path: Path) -> None:
     for number, name in enumerate((HOSTILE, "plain")):
         make(f"runs/{number}", config_of(seed=number, tracking=TrackingConfig(name=name, group=HOSTILE)))
     folder = tmp_path / "runs" / "0"
@@ -154,11 +192,13 @@ def test_other_confidences_are_measured_again(sweep: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_report_and_figures_are_written_with_what_the_terminal_says(sweep: Path, tmp_path: Path) -> None:
+def test_report_and_figures_are_written_with_what_the_terminal_says(
+    command: Command, sweep: Path, tmp_path: Path
+) -> None:
     page, folder = tmp_path / "new" / "report.html", tmp_path / "figures"
     done = command(str(sweep), "--report", str(page), "--figures", str(folder))
     assert done.returncode == 0, done.stderr
-    assert "winner: rank=64 alpha=64" in page.read_text()
+    assert "Winner: rank=64 alpha=64" in page.read_text()
     assert {path.suffix for path in folder.iterdir()} == {".svg", ".png", ".md"}
 
 
@@ -168,9 +208,28 @@ def test_without_its_packages_a_report_is_refused_at_once(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main([str(sweep), "--report", "report.html"]) == 2
     said = capsys.readouterr()
-    assert (
-        said.out == "" and said.err == "error: --report needs altair and vl_convert: pip install 'mathverify[report]'\n"
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "--report needs altair and vl-convert-python" in said.err and "pip install 'mathverify[report]'" in said.err
+
+
+def test_the_terminal_needs_none_of_the_reports_packages(sweep: Path) -> None:
+    """In a process that cannot import them, the comparison is printed all the same."""
+    without = (
+        "import sys; sys.modules.update(dict.fromkeys(('altair', 'vl_convert', 'jinja2', 'matplotlib')));"
+        "from mathverify.compare.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", without, str(sweep)], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "winner: rank=64" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_report_lies_in_the_sweep_unless_it_is_told_where(command: Command, sweep: Path) -> None:
+    assert command(str(sweep), "--report").returncode == 0
+    assert (sweep / "report.html").is_file()
+    assert command(str(sweep)).returncode == 0  # and is no run
 
 
 @pytest.mark.parametrize(
@@ -189,27 +248,37 @@ def test_without_its_packages_a_report_is_refused_at_once(
         (["nosuch://u:hunter2@host/x"], "cannot be read as a study"),
         (["journal://SWEEP/16-1/result.json"], "cannot be read as a study"),
         (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
+        (["SWEEP", "--table", "/proc/nowhere/x.csv"], "cannot be written"),
+        (["SWEEP", "--table", "SWEEP/16-1/result.json/x.csv"], "cannot be written"),
+        (["SWEEP", "--figures", "SWEEP/16-1/result.json"], "cannot be written"),
         ([], "required: PLACE"),
+        (["--report", "SWEEP"], "ends in .html"),
+        (["SWEEP", "--report", "page.pdf"], "ends in .html"),
+        (["SWEEP", "--figures", "SWEEP/torn/result.json"], "is a file: give a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(sweep: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Command, sweep: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": str(tmp_path / "empty"), "MISSING": str(tmp_path / "missing"), "SWEEP": str(sweep)}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     done = command(*(places.get(word, word.replace("SWEEP", str(sweep))) for word in arguments))
     assert done.returncode == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     (line,) = done.stderr.splitlines()
     assert re.search(says, line) and line.startswith("error: ")
     assert "hunter2" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_bad_place_beside_a_good_one_is_told_and_passed_over(sweep: Path, tmp_path: Path) -> None:
+def test_a_bad_place_beside_a_good_one_is_told_and_passed_over(command: Command, sweep: Path, tmp_path: Path) -> None:
     done = command(str(tmp_path / "missing"), str(sweep / "16-1"))
     assert done.returncode == 0
     assert "not read: " in done.stdout and "no such folder" in done.stdout
     assert "runs (300 rows of" in done.stdout
 
 
-def test_it_reads_a_studys_journal_by_url(make: Make, tmp_path: Path) -> None:
+def test_it_reads_a_studys_journal_by_url(command: Command, make: Make, tmp_path: Path) -> None:
     """Trials with a folder come from it; one whose folder is gone is shown as the study knows it."""
     import optuna
 
@@ -264,8 +333,7 @@ from mathverify.compare.__main__ import main
 assert main([{str(sweep)!r}]) == 0
 print("heavy:", sorted({{"torch", "transformers", "optuna", "wandb", "sklearn", "pandas"}} & set(sys.modules)))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = python("-c", code)
     assert "heavy: []" in done.stdout, done.stderr
 
 
@@ -279,7 +347,6 @@ except SystemExit as end:
     assert end.code == 0
 print("heavy:", sorted({"numpy", "torch", "rich", "pyarrow", "scipy"} & set(sys.modules)))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = python("-c", code)
     assert "heavy: []" in done.stdout, done.stderr
     assert "--baseline RUN" in done.stdout

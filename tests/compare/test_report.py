@@ -13,13 +13,15 @@ import pyarrow as pa
 import pytest
 from scipy.special import expit
 
-from mathverify.compare.reading import read_runs
+from mathverify.compare.reading import Comparison, read_runs
+from mathverify.compare.report.content import collect
 from mathverify.compare.report.facts import calibration, find_parameters, gather, pair_of, roc
 from mathverify.compare.report.figures import write_figures
 from mathverify.compare.report.importance import importance
 from mathverify.compare.report.page import as_script, render
 from mathverify.compare.report.pair import differences
 from mathverify.compare.report.rows import row_facts
+from mathverify.compare.verdict import judge
 from mathverify.records import Predictions, Status
 from mathverify.scoring import measure
 
@@ -34,18 +36,22 @@ HOSTILE = (
 )
 
 
+def page_of(comparison: Comparison) -> str:
+    return render(collect(comparison, judge(comparison, resamples=200)))
+
+
 def test_the_page_holds_every_run_and_names_what_differs(tmp_path: Path) -> None:
-    page = render(read_runs([synthetic.sweep(tmp_path, 6, seeds=2)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 6, seeds=2)]))
     table = _Table.read(page)
     assert [row[1] for row in table.rows] and len(table.rows) == 6
-    assert {"rank", "seed"} <= {head.partition(" (")[0] for head in table.heads}
-    best = max(r.test.accuracy.value for r in read_runs([tmp_path]).runs if r.test)
+    assert {"rank", "seed"} <= {head.partition(" +")[0] for head in table.heads}
+    best = max(r.test.accuracy.value or 0.0 for r in read_runs([tmp_path]).runs if r.test)
     assert f"{best:.1%} [" in table.rows[0][2]  # with its interval
     assert all("[" in row[2] and "completed" in row for row in table.rows)
 
 
 def test_nothing_in_the_page_points_outside(tmp_path: Path) -> None:
-    page = render(read_runs([synthetic.sweep(tmp_path, 2)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 2)]))
     outside = _Outside()
     outside.feed(page)
     assert outside.found == []
@@ -65,7 +71,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     folder = synthetic.sweep(
         tmp_path / "runs", 4, table=rows, rename=lambda n: f"<script>window.hacked = {n}<" if n else "a&b"
     )
-    page = render(read_runs([folder]), sentences=[HOSTILE[0]])
+    page = page_of(read_runs([folder]))
     scripts = _Scripts()
     scripts.feed(page)
     assert len(scripts.bodies) == 4  # early, data, library, program: nothing that a text opened or closed
@@ -83,7 +89,7 @@ def test_json_within_a_script_comes_back_unchanged() -> None:
 
 @pytest.mark.parametrize("states", [[Status.failed], [Status.running], [Status.pruned, Status.interrupted]])
 def test_runs_without_a_result_are_shown_with_their_reasons(tmp_path: Path, states: list[Status]) -> None:
-    page = render(read_runs([synthetic.sweep(tmp_path, 4, states=states)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 4, states=states)]))
     table = _Table.read(page)
     assert len(table.rows) == 4
     assert "no test accuracy to show" in page and "Left out" in page
@@ -94,7 +100,7 @@ def test_runs_without_a_result_are_shown_with_their_reasons(tmp_path: Path, stat
 
 
 def test_one_run_is_a_page_of_its_own_scores(tmp_path: Path) -> None:
-    page = render(read_runs([synthetic.sweep(tmp_path, 1)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 1)]))
     figures = set(re.findall(r'<figure id="(\w+)"', page))
     assert {"scores_a", "calibration", "roc", "learning_curves"} <= figures
     assert not figures & {"scores_b", "slice_difference", "parallel_coordinates"}
@@ -115,7 +121,7 @@ def test_torn_and_missing_files_leave_a_page(tmp_path: Path) -> None:
     (folder / "0" / "predictions.parquet").write_bytes(b"PAR1 torn")
     (folder / "1" / "predictions.parquet").unlink()
     (folder / "2" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n{"step": 2, "tra')
-    page = render(read_runs([folder]))
+    page = page_of(read_runs([folder]))
     assert "not readable as predictions" in page and len(_Table.read(page).rows) == 3
 
 
@@ -123,9 +129,9 @@ def test_settings_that_move_together_are_one(tmp_path: Path) -> None:
     for number, (rank, alpha, seed) in enumerate([(4, 8, 1), (4, 8, 2), (16, 32, 1), (16, 32, 2)]):
         synthetic.run(tmp_path / str(number), (rank, alpha, 4, 1e-3), seed)
     comparison = read_runs([tmp_path])
-    (lora, seed) = find_parameters(comparison.runs, comparison.varying)
-    assert (lora.key, lora.with_it, seed.key) == ("lora.rank", ("alpha",), "seed")
-    assert "cannot be told apart" in render(comparison)
+    lora, by_seed = find_parameters(comparison.runs, comparison.varying)
+    assert (lora.key, lora.with_it, by_seed.key) == ("lora.rank", ("alpha",), "seed")
+    assert "cannot be told apart" in page_of(comparison)
 
 
 def test_calibration_is_that_of_the_ece() -> None:
@@ -165,7 +171,8 @@ def test_differences_count_questions_and_know_no_certainty() -> None:
     assert twice["high"] == pytest.approx(whole["high"])  # the same questions twice say nothing new
 
 
-def test_importance_finds_the_setting_that_matters(tmp_path: Path) -> None:
+def test_importance_finds_the_setting_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mathverify.compare.report.importance.RESAMPLES", 8)
     facts = gather(read_runs([synthetic.sweep(tmp_path, 24, seeds=2, test_rows=100)]))
     found = importance(facts)
     assert not isinstance(found, str)
@@ -190,7 +197,7 @@ def test_rows_come_with_their_text_and_verdicts(tmp_path: Path) -> None:
 def test_rows_of_other_data_come_without_text(tmp_path: Path) -> None:
     moved = synthetic.rows(80)
     moved = moved.set_column(moved.schema.get_field_index("id"), "id", pa.array([f"other-{k}" for k in range(80)]))
-    page = render(read_runs([synthetic.sweep(tmp_path, 2, seeds=1, table=moved)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 2, seeds=1, table=moved)]))
     assert "Their text cannot be shown" in page
 
 
@@ -206,16 +213,25 @@ def test_more_runs_than_the_page_shows_closely_are_sampled(tmp_path: Path, monke
 
     monkeypatch.setattr(limits, "MOST_DETAILED", 4)
     monkeypatch.setattr(limits, "MOST_RUNS", 8)
-    page = render(read_runs([synthetic.sweep(tmp_path, 10, test_rows=60)]))
+    page = page_of(read_runs([synthetic.sweep(tmp_path, 10, test_rows=60)]))
     assert len(_Table.read(page).rows) == 8
     assert "best 8 of 10 runs" in page and "of 4 runs" in page
 
 
 def test_figures_are_vector_and_bitmap_with_captions(tmp_path: Path) -> None:
-    written = write_figures(read_runs([synthetic.sweep(tmp_path / "runs", 4, test_rows=100)]), tmp_path / "figures")
+    comparison = read_runs([synthetic.sweep(tmp_path / "runs", 4, test_rows=100)])
+    written = write_figures(collect(comparison, judge(comparison, resamples=200)), tmp_path / "figures")
     names = {path.name for path in written}
     assert names == {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"ranking.svg", "ranking.png", "calibration.svg", "slice_difference.png", "captions.md"} <= names
+    assert {
+        "ranking.svg",
+        "ranking.png",
+        "configurations.svg",
+        "differences.png",
+        "calibration.svg",
+        "slice_difference.png",
+        "captions.md",
+    } <= names
     for path in written:
         match path.suffix:
             case ".svg":
@@ -292,7 +308,8 @@ class _Table(HTMLParser):
     @classmethod
     def read(cls, page: str) -> _Table:
         table = cls()
-        table.feed(page[page.index('<table id="runs">') : page.index("</table>")])
+        start = page.index('<table id="runs">')
+        table.feed(page[start : page.index("</table>", start)])
         return table
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:

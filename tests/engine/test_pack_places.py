@@ -119,7 +119,7 @@ def test_a_trial_that_diverges_changes_no_bit_of_the_others(rows: Rows, rate: fl
         first, middle, last = crew.trials
         return middle, [first, last], [crew.losses[first], crew.losses[last]]
 
-    wild = {"seed": 5, "max_grad_norm": None, "rank": 4}
+    wild: dict[str, Any] = {"seed": 5, "max_grad_norm": None, "rank": 4}
     failed, beside_failure, losses = others(make_config(learning_rate=rate, max_steps=50, **wild))
     assert failed.state is TrialState.failed
     assert failed.reason is not None

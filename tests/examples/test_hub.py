@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from mathverify.config import ColumnsConfig, DataConfig, DataSource
 from mathverify.errors import UserError
 from mathverify.examples.hub import explain
 from mathverify.examples.sources import Loaded, load
+from mathverify.hub import hub_answers
 from tests.examples.files import all_rows, make_rows
 
 NAME = "ad6398/nyu-dl-teach-maths-comp"
@@ -95,14 +99,57 @@ def test_offline_without_the_data_says_what_to_do(tmp_path: Path, monkeypatch: p
     assert str(caught.value).isprintable()
 
 
-def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub where nothing listens."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries, 23 s
+    hub_answers.cache_clear()
+    yield
+    hub_answers.cache_clear()
+
+
+def test_no_network_says_what_to_do(tmp_path: Path, silent: None, capfd: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
     with pytest.raises(UserError, match=r"the hub cannot be reached: .*set data\.path to a local folder"):
         read(tmp_path, NAME)
+    assert capfd.readouterr() == ("", ""), "nothing beside the line itself"
+    assert time.monotonic() - began < 15, "the clients' own retries take 23 s and more"
+
+
+def test_a_download_that_was_cut_short_is_told_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: None
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    blobs = tmp_path / "hub" / "datasets--ad6398--nyu-dl-teach-maths-comp" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123.incomplete").write_bytes(b"PAR1 half")
+    remedy = rf"was cut short: `hf download {NAME} --repo-type dataset --force-download` mends it, or set data\.path"
+    with pytest.raises(UserError, match=remedy):
+        read(tmp_path, NAME)
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "gone"])
+def test_a_torn_prepared_copy_is_made_again(tmp_path: Path, how: str) -> None:
+    """What datasets made of the files is theirs to make again; the user need not know of it."""
+    folder = hub_folder(tmp_path / "nyu")
+    rows = all_rows(read(tmp_path, folder))
+    prepared = list((tmp_path / "hub-cache").rglob("*train*.arrow"))
+    assert prepared
+    for file in prepared:
+        match how:
+            case "half":
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            case "empty":
+                file.write_bytes(b"")
+            case "gone":
+                file.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert all_rows(read(tmp_path, folder)) == rows
 
 
 class GatedRepoError(Exception):

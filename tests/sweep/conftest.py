@@ -155,11 +155,6 @@ def program(tmp_path: Path) -> Iterator[Program]:
 # Trials of the embedded default
 
 
-def study_of(folder: Path, name: str) -> optuna.Study:
-    """A study in the journal of its folder."""
-    return optuna.load_study(study_name=name, storage=open_storage(None, folder))
-
-
 def small(*arguments: str) -> list[str]:
     """The arguments, and the smallest sizes for every setting that they leave open; the batch may be searched."""
     chosen = {argument.partition("=")[0] for argument in arguments} | {"train.batch_size"}

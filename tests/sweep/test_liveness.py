@@ -113,6 +113,7 @@ def finder(program: Program) -> str:
     (trial,) = program.trials()
     assert trial.state is TrialState.COMPLETE
     by_a = trial.params["x"] ** 2 + trial.params["y"]
+    assert trial.value is not None
     assert trial.value in (pytest.approx(by_a), pytest.approx(by_a + 1000))
     return "a" if trial.value < 900 else "b"
 
@@ -130,11 +131,11 @@ def test_a_long_trial_stays_with_its_worker_on_another_machine(two_machines: Pro
 
 @pytest.mark.slow
 def test_a_trial_of_a_dead_worker_on_another_machine_is_taken_over(two_machines: Program) -> None:
-    first = on("a", two_machines, "seconds=2")
+    first = on("a", two_machines, "seconds=1")
     begun(two_machines, 1)
     first.kill()
     first.communicate()
-    second = on("b", two_machines, "seconds=2")
+    second = on("b", two_machines, "seconds=1")
     assert "waiting for trials that other workers have in hand" in ended(second)
     assert len(two_machines.calls) == 2
     assert finder(two_machines) == "b"
@@ -143,10 +144,10 @@ def test_a_trial_of_a_dead_worker_on_another_machine_is_taken_over(two_machines:
 @pytest.mark.slow
 def test_a_worker_that_was_suspended_and_robbed_tells_nothing(two_machines: Program) -> None:
     """As under Slurm's preemption by suspension: it wakes up, finishes, and finds that its trial is another's."""
-    first = on("a", two_machines, "seconds=4")
+    first = on("a", two_machines, "seconds=3")
     begun(two_machines, 1)
     first.send_signal(signal.SIGSTOP)
-    second = on("b", two_machines, "seconds=4")
+    second = on("b", two_machines, "seconds=3")
     begun(two_machines, 2)
     first.send_signal(signal.SIGCONT)
     ended(first)

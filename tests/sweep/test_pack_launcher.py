@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> Iterator[Cli]:
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cache: Path) -> Cli:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr("mathverify.prepare._warm", OrderedDict())
-    yield Cli(capsys, monkeypatch, cache)
+    return Cli(capsys, monkeypatch, cache)
 
 
 @pytest.fixture
@@ -220,20 +218,18 @@ def test_a_run_that_diverges_fails_with_its_reason_and_the_others_do_not_notice(
 def test_a_run_whose_disk_is_full_ends_alone_and_can_be_continued(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from mathverify import run
-
-    real = run.save_checkpoint
+    from mathverify.engine.checkpoint import save_checkpoint as real
 
     def full(trial: Any, folder: Path, *rest: Any) -> Path:
         if folder.parent.name == "1":
             raise UserError(f"{folder}: cannot write (no space): free space")
         return real(trial, folder, *rest)
 
-    monkeypatch.setattr(run, "save_checkpoint", full)
+    monkeypatch.setattr("mathverify.run.save_checkpoint", full)
     out = cli(*PACK, "seed=1,2,3", code=2)
     assert "no space" in out
     assert [read_record(tmp_path / "grid" / n).status.value for n in "012"] == ["completed", "running", "completed"]
-    monkeypatch.setattr(run, "save_checkpoint", real)
+    monkeypatch.setattr("mathverify.run.save_checkpoint", real)
     out = cli(*PACK, "seed=1,2,3")
     assert "run 0 (r64-a64-b4) is already completed" in out
     assert read_record(tmp_path / "grid/1").status is Status.completed
@@ -323,20 +319,20 @@ def rows(folder: Path) -> list[Row]:
 
 
 def test_one_at_a_time_a_study_decides_as_with_the_basic_launcher(cli: Cli, tmp_path: Path) -> None:
-    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=7", "hydra.sweep.dir=basic")
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=7", "hydra.sweep.dir=pack")
+    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=basic")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=pack")
     assert rows(tmp_path / "pack") == rows(tmp_path / "basic")
     assert {state for _, state, *_ in rows(tmp_path / "pack")} >= {"COMPLETE"}
 
 
 def test_several_at_once_a_study_with_a_seed_comes_out_the_same_again(cli: Cli, tmp_path: Path) -> None:
     first = cli(
-        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
+        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
     )
     assert re.search(r"together on it: runs \d+, \d+, \d+\n", first)
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 6
+    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 5
 
 
 def test_a_study_over_several_bases_keeps_its_places_full(cli: Cli, tmp_path: Path) -> None:
@@ -443,7 +439,7 @@ def test_a_study_that_was_stopped_gives_all_its_trials_back(tmp_path: Path, cach
     assert process.returncode == 130
     assert "interrupted: trial 0, 1, 2 is saved" in out
     assert "continue with: python -m mathverify.train -m sweep=rank_grid" in out
-    process = command(*[a.replace("max_steps=60", "max_steps=60") for a in arguments], cwd=tmp_path)
+    process = command(*arguments, cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 4

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
+import os
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
+import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from ..services import PASSWORD, Postgres, Slurm, wait_until
+from mathverify.sweep.storage import open_storage
+
+from ..services import PASSWORD, Postgres, Slurm, wait_until, with_password
 from .conftest import Program
 
 pytest.importorskip("submitit", reason="mathverify[slurm] is not installed")
@@ -30,15 +34,18 @@ def cluster(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
         slurm("scancel", "--full", *slurm.jobs("pending,running"))
 
 
-def check_study(program: Program, count: int, cut_short: int) -> None:
-    trials = program.trials()
+def check_trials(program: Program, trials: list[FrozenTrial], count: int) -> None:
+    """Every trial of the budget is told once, with its own value."""
     assert [t.number for t in trials] == list(range(count))
     assert {t.state for t in trials} == {TrialState.COMPLETE}
     assert all(t.value == pytest.approx(t.params["x"] ** 2 + t.params["y"]) for t in trials)
-    calls = Counter(number for number, _, _ in program.calls)
-    assert set(calls) == set(range(count))
-    assert sum(calls.values()) == count + cut_short
+    assert {number for number, _, _ in program.calls} == set(range(count))
     assert len({(x, y) for _, x, y in program.calls}) == count
+
+
+def check_study(program: Program, count: int, cut_short: int) -> None:
+    check_trials(program, program.trials(), count)
+    assert len(program.calls) == count + cut_short
 
 
 def wait_for_calls(program: Program, count: int) -> None:
@@ -94,6 +101,26 @@ def test_an_interrupted_command_leaves_its_jobs_alone(program: Program, cluster:
     check_study(program, 4, cut_short=0)
 
 
+def test_an_array_of_workers_shares_a_study(program: Program, cluster: Slurm, postgres: Postgres) -> None:
+    """The same command as three jobs, one of them killed; they have nothing in common but the database."""
+    words = [*SPACE, "hydra.sweeper.storage='${oc.env:STUDY_URL}'", "hydra.sweeper.n_trials=12", "seconds=1"]
+    standard = ["hydra.sweeper.study_name=s", "hydra.sweeper.sampler.seed=1"]
+    command = shlex.join([sys.executable, "app.py", "-m", *standard, *words])
+    os.environ["STUDY_URL"] = url = postgres.database()
+    try:
+        where = ["--array=0-2", f"--chdir={program.folder}", f"--output={program.folder}/worker%a.txt"]
+        cluster("sbatch", *where, "--cpus-per-task=1", "--wrap", command)
+    finally:
+        del os.environ["STUDY_URL"]
+    wait_for_calls(program, 5)
+    cluster("scancel", sorted(cluster.jobs("running"))[0])
+    wait_until(lambda: not cluster.jobs("running,pending,completing"), "all workers have ended", seconds=90)
+    trials = optuna.load_study(study_name="s", storage=open_storage(url, program.folder)).trials
+    check_trials(program, trials, 12)
+    assert len(program.calls) <= 13
+    assert with_password(program.folder) == []
+
+
 def test_a_database_password_reaches_the_jobs_and_no_file(program: Program, cluster: Slurm, postgres: Postgres) -> None:
     url = postgres.database()
     out = program.sweep(
@@ -102,6 +129,5 @@ def test_a_database_password_reaches_the_jobs_and_no_file(program: Program, clus
     )  # fmt: skip
     assert "2 trials: 2 completed" in out
     assert PASSWORD not in out
-    written = [path for path in program.folder.rglob("*") if path.is_file()]
-    assert any(re.search(r"_submitted\.pkl$", path.name) for path in written)
-    assert [path for path in written if PASSWORD.encode() in path.read_bytes()] == []
+    assert list(program.folder.rglob("*_submitted.pkl"))
+    assert with_password(program.folder) == []

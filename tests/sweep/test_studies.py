@@ -16,7 +16,8 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from .conftest import Sweep, small, study_of
+from .conftest import Sweep, small
+from .ends import study_of
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 STUDIES = sorted(file.stem for file in SWEEPS.glob("*.yaml"))
@@ -61,6 +62,7 @@ def test_every_study_composes_and_is_planned_without_training(study: str, sweep_
 
 @pytest.mark.parametrize(("study", "arguments"), COMMANDS)
 def test_every_command_in_a_studys_file_can_be_planned(study: str, arguments: str, sweep_here: Sweep) -> None:
+    subprocess.run(["bash", "-n", "-c", f"python {arguments}"], check=True)  # it can be pasted
     done = sweep_here(*shlex.split(arguments), "hydra.sweeper.dry_run=true")
     assert done.code == 0, done.out
     assert f"sweep={study}" in done.out

@@ -18,6 +18,8 @@ Spec = dict[str, Any]
 FEW = 8
 """Configurations that can be told apart by colour; more are coloured by accuracy."""
 MOST_RANKED = 40
+BREAK = "¶"
+"""Where a name in a label goes on in the next line."""
 SHOWN = "indexof(hidden, datum.run) < 0"
 INK, FAINT, ACCENT, SECOND, GROUND = "@ink", "@faint", "@accent", "@second", "@ground"
 HOVERED = "hot < 0 || hot === datum.run"
@@ -44,7 +46,7 @@ RUN_TIPS = _tips(
     ("name:N", "run"),
     ("label:N", "settings"),
     ("accuracy:Q", "test accuracy", ".1%"),
-    ("accuracy_low:Q", "95% from", ".1%"),
+    ("accuracy_low:Q", "from", ".1%"),
     ("accuracy_high:Q", "to", ".1%"),
 )
 
@@ -80,6 +82,98 @@ def _columns(texts: Sequence[str]) -> int:
 
 def _fading(strong: float = 1.0, faint: float = 0.12) -> Any:
     return alt.condition(HOVERED, alt.value(strong), alt.value(faint))
+
+
+# Verdicts
+
+
+def configurations(labels: Sequence[str]) -> Spec:
+    """Mean over seeds of each configuration with its interval, and its single runs."""
+    y, step = _named_axis("entry", labels)
+    x_axis: dict[str, Any] = {
+        "title": "test accuracy",
+        "scale": alt.Scale(zero=False),
+        "axis": alt.Axis(format=".1~%", grid=True, tickCount=6),
+    }
+    runs = (
+        alt.Chart(_data("members"))
+        .transform_filter(SHOWN)
+        .mark_circle(size=46, color=ACCENT)
+        .encode(x=alt.X("accuracy:Q", **x_axis), y=y, opacity=_fading(0.9), tooltip=RUN_TIPS)
+    )
+    means = alt.Chart(_data("configurations"))
+    tips = _tips(
+        ("entry:N", "configuration"),
+        ("mean:Q", "mean", ".1%"),
+        ("low:Q", "from", ".1%"),
+        ("high:Q", "to", ".1%"),
+        ("seeds:Q", "seeds"),
+        ("verdict:N", "verdict"),
+    )
+    ends = means.mark_rule(color=SECOND, strokeWidth=3).encode(
+        x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, tooltip=tips
+    )
+    dots = means.mark_point(shape="diamond", size=120, color=SECOND, opacity=1).encode(
+        x=alt.X("mean:Q", **x_axis), y=y, tooltip=tips
+    )
+    return _spec(
+        alt.layer(ends, runs, dots), "Mean test accuracy of each configuration over its seeds", step * len(labels)
+    )
+
+
+def _named_axis(field: str, labels: Sequence[str]) -> tuple[alt.Y, int]:
+    """An axis of long names, broken into lines at their commas, and the pixels a name needs."""
+    lines = [_broken(label) for label in labels]
+    axis = alt.Axis(
+        grid=True, labelLimit=190, labelOverlap=False, labelExpr=f"split(datum.label, '{BREAK}')", labelLineHeight=13
+    )
+    y = alt.Y(f"{field}_lines:N", title=None, scale=alt.Scale(domain=lines), axis=axis)
+    return y, max(30, 14 + 14 * max((line.count(BREAK) + 1 for line in lines), default=1))
+
+
+def _broken(label: str, most: int = 26) -> str:
+    """Parts of a name on as few lines as hold at most `most` characters."""
+    lines = [""]
+    for part in label.split(", "):
+        if lines[-1] and len(lines[-1]) + 2 + len(part) > most:
+            lines[-1] += ","
+            lines.append(part)
+        else:
+            lines[-1] += f", {part}" if lines[-1] else part
+    return BREAK.join(lines)
+
+
+def versus(labels: Sequence[str]) -> Spec:
+    """Difference of each to the reference, with its interval; its shape and colour say what was concluded."""
+    base = alt.Chart(_data("versus"))
+    y, step = _named_axis("other", labels)
+    x_axis: dict[str, Any] = {"title": "points of accuracy", "axis": alt.Axis(format="+~", tickCount=6)}
+    outcomes = ["better", "tie", "worse"]
+    tips = _tips(
+        ("other:N", "other"),
+        ("difference:Q", "points", "+.2f"),
+        ("low:Q", "from", "+.2f"),
+        ("high:Q", "to", "+.2f"),
+        ("p:Q", "p corrected", ".2~g"),
+        ("verdict:N", "verdict"),
+    )
+    colour = alt.Color("verdict:N", title=None, scale=alt.Scale(domain=outcomes, range=[ACCENT, FAINT, SECOND]))
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(style="reference", color=FAINT).encode(x="at:Q")
+    ends = base.mark_rule(strokeWidth=2.2).encode(
+        x=alt.X("low:Q", **x_axis), x2="high:Q", y=y, color=colour, tooltip=tips
+    )
+    dots = base.mark_point(size=90, filled=True, opacity=1).encode(
+        x=alt.X("difference:Q", **x_axis),
+        y=y,
+        color=colour,
+        shape=alt.Shape(
+            "verdict:N",
+            title=None,
+            scale=alt.Scale(domain=outcomes, range=["triangle-up", "circle", "triangle-down"]),
+        ),
+        tooltip=tips,
+    )
+    return _spec(alt.layer(zero, ends, dots), "Differences to the reference, with intervals", step * len(labels))
 
 
 # Settings
@@ -120,7 +214,7 @@ def by_parameter(parameter: Parameter) -> Spec:
     tips = _tips(
         (f"{parameter.field}_text:N", parameter.title),
         ("mean:Q", "mean of runs", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
         ("n:Q", "runs"),
     )
@@ -185,7 +279,7 @@ def importance(rows: Sequence[Row]) -> Spec:
     tips = _tips(
         ("parameter:N", "setting"),
         ("importance:Q", "share", ".0%"),
-        ("low:Q", "95% from", ".0%"),
+        ("low:Q", "from", ".0%"),
         ("high:Q", "to", ".0%"),
     )
     bars = base.mark_bar(height={"band": 0.55}, opacity=0.85, cornerRadiusEnd=2).encode(
@@ -209,14 +303,16 @@ def learning(facts: Facts, x: str = "step") -> Spec:
     """Validation accuracy along training, with its interval where runs are few."""
     colour = run_colour(facts)
     base = _with_run(alt.Chart(_data("validation")), facts)
-    place = alt.X(f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen")
+    place = alt.X(
+        f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen", axis=alt.Axis(tickCount=7)
+    )
     y = alt.Y("value:Q", title="validation accuracy", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1~%"))
     tips = _tips(
         ("label:N", "settings"),
         ("name:N", "run"),
         ("step:Q", "step"),
         ("value:Q", "validation accuracy", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
     )
     line = base.mark_line(strokeWidth=1.6).encode(
@@ -243,7 +339,11 @@ def losses(facts: Facts, x: str = "step") -> Spec:
         _with_run(alt.Chart(_data("training")), facts)
         .mark_line(strokeWidth=1.3)
         .encode(
-            x=alt.X(f"{x}:Q", title="optimizer step" if x == "step" else "training examples seen"),
+            x=alt.X(
+                f"{x}:Q",
+                title="optimizer step" if x == "step" else "training examples seen",
+                axis=alt.Axis(tickCount=7),
+            ),
             y=alt.Y("loss:Q", title="training loss (averaged)", scale=alt.Scale(zero=False)),
             detail="run:N",
             color=run_colour(facts),
@@ -321,7 +421,7 @@ def calibration() -> Spec:
         ("side:N", "run"),
         ("said:Q", "said", ".0%"),
         ("right:Q", "was right", ".0%"),
-        ("low:Q", "95% from", ".0%"),
+        ("low:Q", "from", ".0%"),
         ("high:Q", "to", ".0%"),
         ("rows:Q", "rows"),
     )
@@ -370,7 +470,7 @@ def roc() -> Spec:
             ("side:N", "run"),
             ("alarms:Q", "false alarms", ".1%"),
             ("hits:Q", "hits", ".1%"),
-            ("low:Q", "95% from", ".1%"),
+            ("low:Q", "from", ".1%"),
             ("high:Q", "to", ".1%"),
         ),
     )
@@ -401,7 +501,7 @@ def slice_accuracy(slices: Sequence[str]) -> Spec:
         ("slice:N", "slice"),
         ("side:N", "run"),
         ("accuracy:Q", "accuracy", ".1%"),
-        ("low:Q", "95% from", ".1%"),
+        ("low:Q", "from", ".1%"),
         ("high:Q", "to", ".1%"),
         ("rows:Q", "rows"),
     )
@@ -432,7 +532,7 @@ def slice_difference(slices: Sequence[str]) -> Spec:
     tips = _tips(
         ("slice:N", "slice"),
         ("difference:Q", "A minus B", "+.1f"),
-        ("low:Q", "95% from", "+.1f"),
+        ("low:Q", "from", "+.1f"),
         ("high:Q", "to", "+.1f"),
         ("only_a:Q", "only A right"),
         ("only_b:Q", "only B right"),
@@ -482,7 +582,7 @@ def cost(facts: Facts, field: str, title: str) -> Spec:
         opacity=_fading(0.9),
         tooltip=[*RUN_TIPS, alt.Tooltip(f"{field}:Q", title=title, format=",.3~g")],
     )
-    return _spec(alt.layer(ends, steps, dots, rings), f"Test accuracy against {title}, with the Pareto front", 300)
+    return _spec(alt.layer(ends, steps, rings, dots), f"Test accuracy against {title}, with the Pareto front", 300)
 
 
 def history(facts: Facts) -> Spec:
@@ -555,6 +655,11 @@ def ranking(facts: Facts, most: int = MOST_RANKED) -> Spec:
 # Data that the specs name
 
 
+def with_lines(rows: Sequence[Row], field: str) -> list[Row]:
+    """Rows with their long name as the axis of names has it."""
+    return [row | {f"{field}_lines": _broken(row[field])} for row in rows]
+
+
 def data_names(spec: Any) -> set[str]:
     """Names of the data sets that a spec wants from outside."""
     if isinstance(spec, list):
@@ -571,7 +676,7 @@ def tables(facts: Facts, importance: list[Row] | str) -> dict[str, list[Row]]:
     lines, axes = parallel_rows(facts) if facts.completed else ([], [])
     return {
         "runs": facts.runs,
-        "student": student(len(facts.runs)),
+        "student": student(len(facts.runs), facts.confidence),
         "parallel": lines,
         "axes": axes,
         "importance": [] if isinstance(importance, str) else importance,

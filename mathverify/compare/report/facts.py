@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from mathverify.compare.reading import Comparison, RunView, State
+from mathverify.compare.table import metrics_at
 from mathverify.errors import UserError
 from mathverify.records import Predictions
-from mathverify.scoring import ECE_BINS, Interval, Metrics, wilson
+from mathverify.scoring import ECE_BINS, Interval, Metrics, evaluate, wilson
 
 MOST_RUNS = 500
 """Rows of the page's table."""
@@ -68,6 +69,7 @@ class Facts:
     runs: list[Row]
     parameters: list[Parameter]
     configurations: list[str]
+    confidence: float = 0.95
     validation: list[Row] = field(default_factory=list)
     training: list[Row] = field(default_factory=list)
     scores: dict[int, Any] = field(default_factory=dict)
@@ -84,20 +86,28 @@ class Facts:
     total_runs: int = 0
 
     @property
+    def level(self) -> str:
+        """The confidence as it is written, e.g. 95%."""
+        return f"{100 * self.confidence:g}%"
+
+    @property
     def completed(self) -> list[Row]:
         return [row for row in self.runs if row["accuracy"] is not None]
 
 
-def gather(comparison: Comparison) -> Facts:
-    """Rank the runs and make every figure's numbers. Reads curves and predictions of `MOST_DETAILED` runs."""
+def gather(comparison: Comparison, confidence: float = 0.95) -> Facts:
+    """Rank the runs and make every figure's numbers. Reads curves and predictions of `MOST_DETAILED` runs.
+
+    confidence: of all intervals but those of validations, which stay as they were logged.
+    """
     ranked = sorted(comparison.runs, key=rank)
     kept = ranked[:MOST_RUNS]
     parameters = find_parameters(kept, comparison.varying)
-    facts = Facts([], parameters, [], total_runs=len(ranked))
+    facts = Facts([], parameters, [], confidence, total_runs=len(ranked))
     if len(ranked) > len(kept):
         facts.sampled.append(f"table and figures hold the best {len(kept)} of {len(ranked):,} runs")
     order = {run: place for place, run in enumerate(sorted(kept, key=lambda run: (run.started == "", run.started)))}
-    facts.runs = [_run_row(number, run, parameters, order[run]) for number, run in enumerate(kept)]
+    facts.runs = [_run_row(number, run, parameters, order[run], confidence) for number, run in enumerate(kept)]
     same = Counter(row["label"] for row in facts.runs)
     for row in facts.runs:
         if same[row["label"]] > 1:
@@ -105,7 +115,7 @@ def gather(comparison: Comparison) -> Facts:
     facts.configurations = list(dict.fromkeys(row["configuration"] for row in facts.runs))
     settings = next((run.settings for run in kept if run.settings), {})
     facts.fixed = {key: value for key, value in settings.items() if key not in comparison.varying}
-    zero = [run.zero_shot.accuracy for run in kept if run.zero_shot is not None]
+    zero = [run.zero_shot.accuracy for run in kept if run.zero_shot and run.zero_shot.confidence == confidence]
     facts.zero_shot = zero[0] if zero and len({z.value for z in zero}) == 1 else None
     _add_details(facts, kept)
     return facts
@@ -179,8 +189,8 @@ def spelled(value: Any) -> str:
 # One row a run
 
 
-def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: int) -> Row:
-    costs, test = run.costs, run.test if run.counts else None
+def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: int, confidence: float) -> Row:
+    costs, test = run.costs, metrics_at(run, confidence) if run.counts else None
     values = {p.field: run.settings.get(p.key) for p in parameters}
     said = [(p, f"{p.short} {spelled(values[p.field])}") for p in parameters if run.settings]
     return {
@@ -242,13 +252,22 @@ def _add_details(facts: Facts, runs: Sequence[RunView]) -> None:
     facts.score_edges = _edges([p.scores for p in facts.predictions.values()])
     for number, predictions in facts.predictions.items():
         facts.scores[number] = _histogram(predictions, facts.score_edges)
-        facts.calibration[number] = calibration(predictions)
-        facts.roc[number] = roc(predictions)
+        facts.calibration[number] = calibration(predictions, facts.confidence)
+        facts.roc[number] = roc(predictions, facts.confidence)
         facts.slice_accuracy[number] = [
             {"slice": name, "place": place, "rows": found.rows,
              "accuracy": found.accuracy.value, "low": found.accuracy.low, "high": found.accuracy.high}
-            for place, (name, found) in enumerate(sorted(runs[number].record().metrics.slices.items()))
+            for place, (name, found) in enumerate(_slices(runs[number], predictions, facts.confidence))
         ]  # fmt: skip
+
+
+def _slices(run: RunView, predictions: Predictions, confidence: float) -> list[tuple[str, Metrics]]:
+    """Metrics of each slice: as recorded, or measured again where these are at another confidence."""
+    recorded = run.record().metrics.slices
+    if all(metrics.confidence == confidence for metrics in recorded.values()):
+        return sorted(recorded.items())
+    p = predictions
+    return sorted(evaluate(p.scores, p.labels, p.groups, p.slices, confidence=confidence).slices.items())
 
 
 def _sample(numbers: list[int], most: int) -> list[int]:
@@ -301,7 +320,7 @@ def _histogram(predictions: Predictions, edges: Sequence[float]) -> dict[str, li
     }
 
 
-def calibration(predictions: Predictions) -> list[Row]:
+def calibration(predictions: Predictions, confidence: float = 0.95) -> list[Row]:
     """Share of right answers per bin of P(True) with Wilson's interval; bins and edges are those of the ECE.
 
     Rows of one question are not independent, so the interval counts questions, not rows.
@@ -313,14 +332,14 @@ def calibration(predictions: Predictions) -> list[Row]:
     for place in np.unique(bins):
         here = bins == place
         share, questions = float(predictions.labels[here].mean()), len(np.unique(groups[here]))
-        low, high = wilson(share * questions, questions)
+        low, high = wilson(share * questions, questions, confidence)
         rows.append({"said": round(float(probability[here].mean()), 4), "right": round(share, 4),
                      "low": round(low, 4), "high": round(high, 4), "rows": int(here.sum())})  # fmt: skip
     return rows
 
 
-def roc(predictions: Predictions) -> list[Row]:
-    """Hit rate over false alarms at fixed places, with a pointwise 95% band (percentiles of draws of questions)."""
+def roc(predictions: Predictions, confidence: float = 0.95) -> list[Row]:
+    """Hit rate over false alarms at fixed places, with a pointwise band (percentiles of draws of questions)."""
     labels, scores = predictions.labels, predictions.scores
     if labels.all() or not labels.any():
         return []
@@ -341,7 +360,7 @@ def roc(predictions: Predictions) -> list[Row]:
     random = np.random.default_rng(0)
     draws = [curve(random.multinomial(questions, np.full(questions, 1 / questions))[codes[order]].astype(float))
              for _ in range(ROC_RESAMPLES)]  # fmt: skip
-    low, high = np.nanquantile(np.stack(draws), [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(np.stack(draws), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     value = curve(np.ones(len(scores)))
     return [
         {"alarms": round(float(a), 4), "hits": round(float(v), 4),
@@ -363,8 +382,8 @@ def pair_of(facts: Facts, baseline: int | None) -> tuple[int, int]:
     return best, other
 
 
-def student(most: int) -> list[Row]:
-    """The 97.5% quantile of Student's t for means of n = 2 ... most numbers."""
+def student(most: int, confidence: float) -> list[Row]:
+    """Student's t, two-sided at `confidence`, for means of n = 2 ... most numbers."""
     from scipy.stats import t
 
-    return [{"n": n, "t": round(float(t.isf(0.025, n - 1)), 5)} for n in range(2, max(most, 2) + 1)]
+    return [{"n": n, "t": round(float(t.isf((1 - confidence) / 2, n - 1)), 5)} for n in range(2, max(most, 2) + 1)]

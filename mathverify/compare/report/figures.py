@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from mathverify.compare.reading import Comparison, RunView
 from mathverify.compare.report import charts, theme
-from mathverify.compare.report.facts import Facts, Row, gather, pair_of, rank
-from mathverify.compare.report.importance import importance
+from mathverify.compare.report.content import Content
+from mathverify.compare.report.facts import Facts, Row
 from mathverify.compare.report.pair import pair_tables
-from mathverify.compare.report.rows import row_facts
-from mathverify.compare.report.sections import Figure, sections
+from mathverify.compare.report.sections import Figure
 from mathverify.files import write_atomic
 from mathverify.records import redact
 
@@ -21,32 +20,29 @@ COLUMN, PAGE = 340, 680
 PPI = 300
 
 
-def write_figures(comparison: Comparison, folder: Path, *, baseline: RunView | None = None) -> list[Path]:
-    """Write NAME.svg and NAME.png of every figure that has something to show, and captions.md; returns the paths."""
+def write_figures(content: Content, folder: Path, kinds: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Write every figure that has something to show, as NAME.svg and NAME.png, and captions.md; returns the paths."""
     import vl_convert
 
-    ranked = sorted(comparison.runs, key=rank)
-    facts = gather(comparison)
-    rows = row_facts(dict(enumerate(ranked)), facts.predictions, with_text=False)
-    weights = importance(facts)
-    figures = [figure for section in sections(facts, weights, rows) for figure in section.figures]
+    facts, pair = content.facts, content.pair
+    figures = [figure for section in content.sections for figure in section.figures]
     if facts.completed:
         caption = (
-            f"The best {charts.MOST_RANKED} finished runs by test accuracy, with 95% intervals over test questions."
+            f"The best {min(charts.MOST_RANKED, len(facts.completed))} finished runs by test accuracy, with "
+            "{facts.level} intervals over test questions."
         )
         figures.insert(0, Figure("ranking", charts.ranking(facts), caption, "runs", wide=True))
-    pair = pair_of(facts, ranked.index(baseline) if baseline in ranked else None)
-    tables = _tables(facts, weights, pair)
+    tables = content.data | (pair_tables(facts, *pair) if facts.predictions else {})
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for figure in figures:
         spec = on_paper(figure, facts, tables, pair)
-        for ending, content in (
-            ("svg", vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode()),
-            ("png", vl_convert.vegalite_to_png(spec, ppi=PPI, allowed_base_urls=[])),
-        ):
-            written.append(folder / f"{figure.id}.{ending}")
-            write_atomic(written[-1], content)
+        for kind in kinds:
+            written.append(folder / f"{figure.id}.{kind}")
+            if kind == "svg":
+                write_atomic(written[-1], vl_convert.vegalite_to_svg(spec, allowed_base_urls=[]).encode())
+            else:
+                write_atomic(written[-1], vl_convert.vegalite_to_png(spec, ppi=PPI, allowed_base_urls=[]))
     written.append(folder / "captions.md")
     write_atomic(written[-1], _captions(facts, figures, pair).encode("utf-8", "replace"))
     return written
@@ -81,11 +77,6 @@ def _name_sides(spec: Any, facts: Facts, pair: tuple[int, int]) -> None:
                                 "labelLimit": 320, "symbolOpacity": 1}  # fmt: skip
         for part in spec.values():
             _name_sides(part, facts, pair)
-
-
-def _tables(facts: Facts, weights: list[Row] | str, pair: tuple[int, int]) -> dict[str, list[Row]]:
-    pairs = pair_tables(facts, *pair) if facts.predictions else {}
-    return charts.tables(facts, weights) | pairs
 
 
 def _captions(facts: Facts, figures: list[Figure], pair: tuple[int, int]) -> str:

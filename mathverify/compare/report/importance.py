@@ -16,7 +16,7 @@ TREES = 16
 
 
 def importance(facts: Facts) -> list[Row] | str:
-    """A row a setting (importance in [0, 1], summing to 1; low, high: 95% percentiles), or why there is none.
+    """A row a setting (importance in [0, 1], summing to 1; low, high: percentiles), or why there is none.
 
     Evaluator: fANOVA (Hutter et al. 2014, ICML) as Optuna has it, of validation accuracy, since test is for the end.
     The seed counts as a setting where it differs: its share is what luck explains.
@@ -37,7 +37,7 @@ def importance(facts: Facts) -> list[Row] | str:
         picks = random.integers(0, len(runs), len(runs))
         if np.ptp(values[picks]) > 0:
             drawn.append(_shares([runs[k] for k in picks], parameters))
-    low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+    low, high = np.quantile(np.array(drawn), [(1 - facts.confidence) / 2, (1 + facts.confidence) / 2], axis=0)
     order = np.argsort(-whole, kind="stable")
     return [
         {

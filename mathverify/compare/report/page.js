@@ -70,8 +70,9 @@
     const old = views.get(id);
     const made = await vegaEmbed(place, spec, {
       config: data.config[ground], renderer: "svg", actions: false, ast: true,
-      tooltip: { theme: "custom" }, mode: "vega-lite",
+      tooltip: { theme: "custom" }, mode: "vega-lite", logLevel: hidden.length ? 1 : 2,
     });
+    made.view.logLevel(1); // errors only: a filter may leave nothing, which Vega warns of
     if (old) old.finalize();
     place.classList.remove("waiting");
     const drawing = place.querySelector("svg");
@@ -232,7 +233,7 @@
     let variance = 0;
     for (const [gap, size] of sums.values()) variance += (gap - mean * size) ** 2;
     const clusters = sums.size;
-    const z = 1.959964;
+    const z = data.z;
     const half = onlyA + onlyB === 0 ? z ** 2 / (clusters + z ** 2) // Wilson's upper end for none
       : clusters > 1 ? z * Math.sqrt((variance * clusters) / (clusters - 1)) / n : null;
     return { n, onlyA, onlyB, mean, low: half === null ? null : mean - half, high: half === null ? null : mean + half,

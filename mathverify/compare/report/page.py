@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import mathverify
-from mathverify.compare.reading import Comparison, RunView
-from mathverify.compare.report import charts, theme
-from mathverify.compare.report.facts import Facts, Parameter, Row, gather, pair_of, rank, spelled
-from mathverify.compare.report.importance import importance
-from mathverify.compare.report.rows import RowFacts, row_facts
-from mathverify.compare.report.sections import Section, sections
+from mathverify.compare.reading import Comparison
+from mathverify.compare.report import theme
+from mathverify.compare.report.content import Content
+from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
+from mathverify.compare.report.rows import RowFacts
 from mathverify.files import write_atomic
 from mathverify.records import redact
 
@@ -33,27 +32,18 @@ MOST_FILTERS = 5
 MOST_OPTIONS = 40
 
 
-def write_report(
-    comparison: Comparison, path: Path, *, sentences: Sequence[str] = (), baseline: RunView | None = None
-) -> Path:
-    """Write the page, whole or not at all; returns its path.
-
-    sentences: what may be said of the runs, first the most important. baseline: B of the first pair shown.
-    """
-    write_atomic(path, render(comparison, sentences=sentences, baseline=baseline).encode("utf-8", "replace"))
+def write_report(content: Content, path: Path) -> Path:
+    """Write the page, whole or not at all; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, render(content).encode("utf-8", "replace"))
     return path
 
 
-def render(comparison: Comparison, *, sentences: Sequence[str] = (), baseline: RunView | None = None) -> str:
+def render(content: Content) -> str:
     """The page's HTML."""
     import jinja2
 
-    ranked = sorted(comparison.runs, key=rank)
-    facts = gather(comparison)
-    rows = row_facts(dict(enumerate(ranked)), facts.predictions)
-    weights = importance(facts)
-    parts = sections(facts, weights, rows)
-    pair = pair_of(facts, ranked.index(baseline) if baseline in ranked else None)
+    facts = content.facts
     program = (HERE / "page.js").read_text("utf-8")
     library = vega_library()
     columns = _columns(facts)
@@ -62,26 +52,27 @@ def render(comparison: Comparison, *, sentences: Sequence[str] = (), baseline: R
     )
     return environment.get_template("page.html").render(
         title=_title(facts),
-        subtitle=_subtitle(comparison, facts),
+        subtitle=_subtitle(content.comparison, facts),
         version=mathverify.__version__,
         policy=_policy([EARLY, library, program]),
         early=EARLY,
         css=(HERE / "page.css").read_text("utf-8"),
         library=library,
         program=program,
-        data=as_script(_data(facts, weights, rows, parts, pair)),
-        sentences=[redact(sentence) for sentence in sentences],
+        data=as_script(_data(content)),
+        sentences=[redact(sentence) for sentence in content.sentences],
         tiles=_tiles(facts),
-        sections=[part for part in parts if not part.absent],
-        left_out=[part for part in parts if part.absent],
+        sections=[part for part in content.sections if not part.absent],
+        left_out=[part for part in content.sections if part.absent],
         filters=_filters(facts),
         runs=facts.runs,
         columns=columns,
         table=[{"run": row["run"], "cells": [column.cell(row) for column in columns]} for row in facts.runs],
-        pair=pair,
+        verdict_tables=content.tables,
+        pair=content.pair,
         pair_runs=[row for row in facts.runs if row["run"] in facts.predictions],
-        options=lambda shown, chosen: _options(shown, chosen),
-        notes=_notes(comparison, facts, rows),
+        options=_options,
+        notes=_notes(content),
     )
 
 
@@ -112,19 +103,21 @@ def _policy(scripts: Sequence[str]) -> str:
     )
 
 
-def _data(
-    facts: Facts, weights: list[Row] | str, rows: RowFacts | str, parts: Sequence[Section], pair: tuple[int, int]
-) -> dict[str, Any]:
+def _data(content: Content) -> dict[str, Any]:
+    from scipy.stats import norm
+
+    facts = content.facts
     return {
-        "tables": charts.tables(facts, weights),
+        "tables": content.data,
         "parameters": [p.title for p in facts.parameters],
         "scores": facts.scores,
         "score_edges": facts.score_edges,
         "calibration": facts.calibration,
         "slices": facts.slice_accuracy,
-        "pair": pair,
-        "rows": None if isinstance(rows, str) else _packed(rows),
-        "specs": {figure.id: figure.spec for section in parts for figure in section.figures},
+        "z": float(norm.isf((1 - facts.confidence) / 2)),
+        "pair": content.pair,
+        "rows": None if isinstance(content.rows, str) else _packed(content.rows),
+        "specs": {figure.id: figure.spec for section in content.sections for figure in section.figures},
         "config": {ground: theme.config(ground) for ground in ("light", "dark")},
         "palette": {ground: theme.palette(ground) for ground in ("light", "dark")},
     }
@@ -178,11 +171,13 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
         best = done[0]
         tiles.insert(
             0, {"name": "Highest test accuracy", "value": f"{best['accuracy']:.1%}",
-                "note": f"95% {best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}, {best['label']}"
+                "note": f"{facts.level} {best['accuracy_low']:.1%} to {best['accuracy_high']:.1%}, {best['label']}"
                 if best["accuracy_low"] is not None else best["label"]}
         )  # fmt: skip
     if (zero := facts.zero_shot) is not None and zero.value is not None:
-        note = f"95% {zero.low:.1%} to {zero.high:.1%}" if zero.low is not None and zero.high is not None else ""
+        note = (
+            f"{facts.level} {zero.low:.1%} to {zero.high:.1%}" if zero.low is not None and zero.high is not None else ""
+        )
         tiles.append({"name": "Base without adapter", "value": f"{zero.value:.1%}", "note": note})
     if seconds := [row["all_seconds"] for row in facts.runs if row["all_seconds"]]:
         tiles.append(
@@ -233,6 +228,7 @@ class Column:
     title: str
     number: bool
     cell: Callable[[Row], dict[str, Any]]
+    hint: str = ""
 
 
 def _columns(facts: Facts) -> list[Column]:
@@ -241,8 +237,8 @@ def _columns(facts: Facts) -> list[Column]:
     columns = [
         Column("#", True, lambda row: _number(row["run"] + 1, "{}")),
         Column("run", False, lambda row: _text(row["name"])),
-        Column("test accuracy, 95%", True, lambda row: _accuracy(row, bar)),
-        *(Column(p.title, p.is_number, partial(_setting, parameter=p)) for p in facts.parameters),
+        Column(f"test accuracy, {facts.level}", True, lambda row: _accuracy(row, bar)),
+        *(Column(p.brief, p.is_number, partial(_setting, parameter=p), p.title) for p in facts.parameters),
     ]
     for title, name, form in (
         ("AUROC", "auroc", "{:.3f}"),
@@ -296,21 +292,19 @@ def _accuracy(row: Row, bar: Callable[[float], float]) -> dict[str, Any]:
     return cell | {"text": f"{value:.1%} [{low:.1%}, {high:.1%}]", "bar": drawn}
 
 
-def _notes(comparison: Comparison, facts: Facts, rows: RowFacts | str) -> list[str]:
+def _notes(content: Content) -> list[str]:
+    facts, rows = content.facts, content.rows
     notes = [
-        "Intervals are at 95%. Those of one run are over test questions, as result.json has them: the luck of the test "
-        "set. Those of a mean over runs are Student's: the luck of everything that differs between the runs.",
-        "Accuracy is at threshold 0, on test rows that training never saw. A best run that was picked by looking at "
-        "this page is picked on test: its accuracy is flattered a little by that.",
+        f"Intervals are at {facts.level}; those of validations are as the runs logged them. Those of one run are over "
+        "test questions: the luck of the test set. Those of configurations count the luck of the seed too. Those of a "
+        "mean over all runs at a setting are Student's: the luck of everything that differs between them.",
+        "Accuracy is at threshold 0, on test rows that training never saw. A run that is picked by looking at this "
+        "page is picked on test, and its accuracy is flattered a little by that; the verdict at the top picks on "
+        "validation.",
         "Nothing on this page is fetched from a network, and nothing is sent.",
     ]
     sampled = facts.sampled + ([] if isinstance(rows, str) else rows.sampled)
-    notes.append(
-        "What was sampled: " + "; ".join(sampled) + "."
-        if sampled
-        else "Nothing was sampled: all runs and rows are here."
-    )
+    notes.append(f"What was sampled: {'; '.join(sampled)}." if sampled else "Not sampled: all runs and rows are here.")
     if facts.training:
         notes.append("Training losses are averages of up to 60 stretches of each run; score histograms have 40 bins.")
-    notes += [f"Could not be read: {redact(problem)}" for problem in [*comparison.problems, *facts.problems]]
-    return notes
+    return notes + [f"Could not be read: {redact(text)}" for text in [*content.comparison.problems, *facts.problems]]

@@ -33,11 +33,11 @@ def pair_tables(facts: Facts, a: int, b: int) -> dict[str, list[Row]]:
         "pair_calibration": marked(facts.calibration),
         "pair_roc": marked(facts.roc),
         "pair_slices": marked(facts.slice_accuracy),
-        "pair_difference": differences(facts.predictions[a], facts.predictions[b]),
+        "pair_difference": differences(facts.predictions[a], facts.predictions[b], facts.confidence),
     }
 
 
-def differences(first: Predictions, second: Predictions) -> list[Row]:
+def differences(first: Predictions, second: Predictions, confidence: float = 0.95) -> list[Row]:
     """First minus second in points of accuracy, over all rows and in each slice; none if rows are not the same."""
     scores = aligned(second, first)
     if scores is None:
@@ -47,23 +47,25 @@ def differences(first: Predictions, second: Predictions) -> list[Row]:
     names = np.asarray([name or "" for name in first.slices])
     parts = [("all rows", np.ones(len(gaps), bool)), *((str(n), names == n) for n in np.unique(names) if n)]
     return [
-        {"slice": name, "place": place, **_difference(gaps[chosen], codes[chosen])}
+        {"slice": name, "place": place, **_difference(gaps[chosen], codes[chosen], confidence)}
         for place, (name, chosen) in enumerate(parts)
     ]
 
 
-def _difference(gaps: NDArray[np.int_], codes: NDArray[Any]) -> Row:
+def _difference(gaps: NDArray[np.int_], codes: NDArray[Any], confidence: float) -> Row:
     """Mean of gaps in points, with a normal interval whose variance is summed by question (Wilson's for none when no
     row differs)."""
+    from scipy.stats import norm
+
     of = np.unique(codes, return_inverse=True)[1]
     sums, sizes = np.bincount(of, gaps), np.bincount(of)
     n, clusters, mean = len(gaps), len(sizes), float(gaps.mean())
-    half = None
+    half: float | None = None
     if not gaps.any():
-        half = wilson(0, clusters)[1]
+        half = wilson(0, clusters, confidence)[1]
     elif clusters > 1:
         variance = float(((sums - mean * sizes) ** 2).sum()) * clusters / (clusters - 1)
-        half = 1.959964 * math.sqrt(variance) / n
+        half = float(norm.isf((1 - confidence) / 2)) * math.sqrt(variance) / n
     low, high = (None, None) if half is None else (100 * (mean - half), 100 * (mean + half))
     counts = {"only_a": int((gaps > 0).sum()), "only_b": int((gaps < 0).sum()), "rows": n}
     return {"difference": 100 * mean, "low": low, "high": high, **counts}

@@ -54,10 +54,8 @@ class RowFacts:
     sampled: list[str] = field(default_factory=list)
 
 
-def row_facts(
-    runs: Mapping[int, RunView], predictions: Mapping[int, Predictions], *, with_text: bool = True
-) -> RowFacts | str:
-    """Pack the rows that most of the runs share, or say why there is nothing to compare. No text unless wanted.
+def row_facts(runs: Mapping[int, RunView], predictions: Mapping[int, Predictions]) -> RowFacts | str:
+    """Pack the rows that most of the runs share, or say why there is nothing to compare.
 
     Runs of another test set are left out; `sampled` says so.
     """
@@ -78,10 +76,7 @@ def row_facts(
     labels = first.labels[keep]
     verdicts = {number: (found[keep] > 0) == labels for number, found in scores.items()}
     disputed = np.flatnonzero(np.ptp(np.stack(list(verdicts.values())).astype(np.int8), axis=0))
-    listed: list[Row] = []
-    without_text = None
-    if with_text:
-        listed, without_text = _listed([first.ids[i] for i in keep], labels, disputed, verdicts, runs[shared[0]])
+    listed, without_text = _listed([first.ids[i] for i in keep], labels, disputed, verdicts, runs[shared[0]])
     if len(listed) < len(disputed):
         sampled.append(f"{len(listed):,} of the {len(disputed):,} rows on which any two runs differ are listed")
     codes = np.unique(np.asarray(first.groups)[keep], return_inverse=True)[1]

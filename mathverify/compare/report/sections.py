@@ -5,12 +5,15 @@ A section with nothing to show says why, and the page lists these at its end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from mathverify.compare.report import charts
 from mathverify.compare.report.charts import Spec
 from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
 from mathverify.compare.report.rows import RowFacts
+from mathverify.compare.verdict import By, Verdict
+from mathverify.printable import printable
 
 MOST_PANELS = 6
 THE_THREE = ("lora.rank", "lora.alpha", "train.batch_size")
@@ -39,9 +42,16 @@ class Section:
     absent: str = ""
 
 
-def sections(facts: Facts, importance: list[Row] | str, rows: RowFacts | str) -> list[Section]:
-    """All sections in the order of the page."""
-    return [
+def sections(
+    facts: Facts,
+    importance: list[Row] | str,
+    rows: RowFacts | str,
+    verdicts: Sequence[Verdict],
+    data: dict[str, list[Row]],
+) -> list[Section]:
+    """All sections in the order of the page. data: the figures' data sets by name."""
+    made = [
+        _verdict(verdicts, data),
         _ranking(facts),
         _settings(facts),
         _parallel(facts),
@@ -52,6 +62,50 @@ def sections(facts: Facts, importance: list[Row] | str, rows: RowFacts | str) ->
         _two_runs(facts, rows),
         _rows(rows),
     ]
+    return [_at_level(section, facts.level) for section in made]
+
+
+def _at_level(section: Section, level: str) -> Section:
+    """Texts are written for 95%; another confidence takes its place."""
+    figures = [replace(f, caption=f.caption.replace("95%", level)) for f in section.figures]
+    return replace(section, lead=section.lead.replace("95%", level), figures=figures)
+
+
+def _verdict(verdicts: Sequence[Verdict], data: dict[str, list[Row]]) -> Section:
+    title = "What may be said"
+    if not verdicts or not verdicts[0].entries:
+        return Section("verdict", title, absent="Nothing can be compared where no run has finished.")
+    verdict, figures = verdicts[0], []
+    if len(verdicts) == 1 and len(verdict.entries) == 1:
+        return Section("verdict", title, absent="There is nothing to compare the one that has finished with.")
+    of_seeds = verdict.by is By.configuration
+    if rows := data["configurations"]:
+        caption = (
+            "Blue: single runs. Orange: the mean over seeds of each configuration (settings but for the seed) with its "
+            "95% interval, in which both the luck of the seed and that of the questions count. Without an interval: "
+            "one seed."
+        )
+        chart = charts.configurations([row["entry"] for row in rows])
+        figures.append(
+            Figure("configurations", chart, caption, "configurations", "Configurations over their seeds", True)
+        )
+    if (rows := data["versus"]) and verdict.reference is not None:
+        name = printable(verdict.name(verdict.reference))
+        what = "the baseline" if verdict.is_baseline else f"the best on {verdict.chosen_on}"
+        caption = (
+            f"Accuracy of each minus that of {what}, {name}, on the same test rows. Bars "
+            "are 95% intervals of each comparison alone; colour and shape are the verdict after the correction for "
+            "their number (Holm), so a bar that just misses zero may still be a tie."
+            + ("" if of_seeds else " Single runs: this says which adapter is better, not which settings.")
+        )
+        chart = charts.versus([row["other"] for row in rows])
+        figures.append(Figure("differences", chart, caption, "versus", "Differences", True))
+    more = f" Of {len(verdicts)} test sets the figures show the one with most runs." if len(verdicts) > 1 else ""
+    lead = (
+        "The contender is chosen on validation and judged on test, against every other, on the same rows. What the "
+        "data do not tell apart is called a tie." + more
+    )
+    return Section("verdict", title, lead, figures)
 
 
 def nothing_finished(facts: Facts) -> str:

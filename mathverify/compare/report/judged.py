@@ -1,0 +1,67 @@
+"""Verdicts -> rows of figures and the tables of the page: what compare concluded, in its own words. Concludes "
+"nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mathverify.compare.reading import Comparison, RunView
+from mathverify.compare.report.facts import Row
+from mathverify.compare.seeds import Configuration
+from mathverify.compare.table import Table, tables
+from mathverify.compare.verdict import By, Verdict
+from mathverify.compare.wording import all_sentences
+from mathverify.printable import printable
+
+MOST_SHOWN = 30
+"""Configurations and differences in a figure; the tables have all."""
+
+
+def said(verdicts: Sequence[Verdict]) -> list[str]:
+    """The sentences of all verdicts, each with a capital."""
+    lines = [printable(sentence) for sentence in all_sentences(verdicts)]
+    return [line[:1].upper() + line[1:] for line in lines]
+
+
+def verdict_tables(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Table]:
+    """Those of the terminal but for the tables of runs, which the page has its own way of."""
+    found = [table for table in tables(comparison, verdicts) if not any(c.part == "number" for c in table.columns)]
+    return [replace(table, title=table.title[:1].upper() + table.title[1:]) for table in found]
+
+
+def verdict_rows(verdicts: Sequence[Verdict], numbers: dict[RunView, int], runs: Sequence[Row]) -> dict[str, list[Row]]:
+    """Data of the figures of the first verdict: configurations (means), members (their runs), versus (differences)."""
+    made: dict[str, list[Row]] = {"configurations": [], "members": [], "versus": []}
+    if not verdicts:
+        return made
+    verdict = verdicts[0]
+    names = _names(verdict, numbers, runs)
+    outcomes = {versus.other: versus.outcome.value for versus in verdict.versus}
+    if verdict.by is By.configuration:
+        for entry in verdict.entries[:MOST_SHOWN]:
+            low, high = verdict.intervals.get(entry, (None, None))
+            standing = "reference" if entry is verdict.reference else outcomes.get(entry, "not tested")
+            made["configurations"].append(
+                {"entry": names[entry], "mean": entry.mean, "low": low, "high": high, "seeds": len(entry.runs),
+                 "verdict": standing}
+            )  # fmt: skip
+            shown = [runs[numbers[run]] for run in entry.runs if numbers.get(run, len(runs)) < len(runs)]
+            made["members"] += [{**row, "entry": names[entry]} for row in shown]
+    for versus in sorted(verdict.versus, key=lambda versus: -versus.difference)[:MOST_SHOWN]:
+        low, high = (None if bound is None else 100 * bound for bound in (versus.low, versus.high))
+        made["versus"].append(
+            {"other": names[versus.other], "difference": 100 * versus.difference, "low": low, "high": high,
+             "p": versus.corrected, "verdict": versus.outcome.value}
+        )  # fmt: skip
+    return made
+
+
+def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -> dict[Configuration, str]:
+    """What the page calls the entries; verdict's own labels where that would call two the same."""
+    field = "configuration" if verdict.by is By.configuration else "label"
+    places = {entry: numbers.get(entry.runs[0], len(runs)) for entry in verdict.entries}
+    names = {e: str(runs[n][field]) if n < len(runs) else printable(verdict.name(e)) for e, n in places.items()}
+    if len(set(names.values())) < len(names):
+        return {entry: printable(verdict.name(entry)) for entry in names}
+    return names
