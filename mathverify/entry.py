@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mathverify.config import RunConfig
+from mathverify.engine.ranks import place
 from mathverify.errors import RunFailed, UserError
 from mathverify.printable import printable
 
@@ -41,6 +42,11 @@ BAD_INPUT, FAILED = 2, 1
 
 TRIAL_VARIABLE = "MATHVERIFY_TRIAL"
 """'NUMBER:TOKEN' in hydra.job.env_set of a study's job: part of Hydra's own config, so of no run's fingerprint."""
+
+NOT_A_SWEEP = (
+    "torchrun shares one run out over GPUs, -m starts many runs: for a sweep start one worker a GPU instead, "
+    "`python -m mathverify.train -m ...` with hydra.sweeper.n_jobs=N, or the same command N times"
+)
 
 _wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
 """As the user set it; `main` sets the variable for Hydra's sake."""
@@ -105,6 +111,8 @@ class Preflight(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """The same for every job of a grid, before the first one starts; all that is wrong is told."""
+        if place().size > 1:
+            sys.exit(report(UserError(NOT_A_SWEEP)))
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # other sweepers make up their jobs as they go
         wrong = 0
@@ -323,6 +331,12 @@ def _is_hydras(error: BaseException) -> bool:
         "hydra",
         "omegaconf",
     )
+
+
+def is_a_run(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for a run or runs, and not for --help, --cfg and the like."""
+    options = get_args_parser().parse_args(list(arguments))
+    return not (options.help or options.hydra_help or options.cfg or options.info or options.shell_completion)
 
 
 _USAGE = """\

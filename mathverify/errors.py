@@ -14,3 +14,7 @@ class CannotWrite(UserError):
 
 class RunFailed(Exception):
     """A run came to nothing by itself (its loss was not finite, say); its record says why. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked the work to end; what was done is saved. Exit code 130."""

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from mathverify import records, scoring
 from mathverify.config import EvaluateMethod, RunConfig
 from mathverify.engine.adapter_file import save_adapter
-from mathverify.engine.checkpoint import load_checkpoint, save_checkpoint
+from mathverify.engine.checkpoint import load_checkpoint, save_checkpoint, share_state
 from mathverify.engine.evaluate import score
 from mathverify.engine.generate import UNPARSED, generate_verdicts
 from mathverify.engine.loop import train
 from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
+from mathverify.engine.ranks import Begin, Ranks, Score
 from mathverify.engine.trial import StepReport, Trial, TrialState
+from mathverify.errors import Interrupted
 from mathverify.examples.sources import rows_fingerprint
 from mathverify.judge import Judge, nobody
 from mathverify.prepare import Workbench
@@ -37,10 +39,6 @@ from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
 from mathverify.tracking import Tracker, check_tracking, final_numbers, open_tracker
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end; what was done is saved."""
 
 
 class Screen:
@@ -155,13 +153,16 @@ class PackRunner:
         stop: Callable[[], bool],
         follow: Callable[[], Run | None] = lambda: None,
         closed: Callable[[Run], None] = lambda run: None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             follow: asked for another run whenever one has ended, until it gives None. closed: told of each run that has
-                ended, when its record is written and before `follow` is asked.
+                ended, when its record is written and before `follow` is asked. ranks: the processes that share the
+                work; the runs are then those that `run` is given.
         """
         self.bench, self.screen, self.stop, self.follow, self.closed = bench, screen, stop, follow, closed
+        self.ranks = ranks or Ranks()
         self.open: dict[Trial, Run] = {}
 
     def run(self, runs: Sequence[Run]) -> None:
@@ -173,7 +174,7 @@ class PackRunner:
                 run that was alone has failed of it; several have their checkpoints, say `interrupted` and can be
                 opened again in smaller packs.
         """
-        pack = Pack(self.bench.model, self.bench.budget)
+        pack = Pack(self.bench.model, self.bench.budget, self.ranks)
         for run in runs:
             pack.add(self._admit(run))
         self.screen.phase("training")
@@ -186,6 +187,7 @@ class PackRunner:
             raise
 
     def _train(self, pack: Pack) -> None:
+        self._share(pack.trials)
         try:
             train(pack, self, self.stop)
         except Interrupted:  # while runs were scored: between rounds, so every running trial can be saved as it stands
@@ -193,6 +195,13 @@ class PackRunner:
         if self.open:
             self._interrupt("stopped by a signal; the same command on this folder continues it")
             raise Interrupted
+
+    def _share(self, trials: Sequence[Trial]) -> None:
+        """The other processes' trials begin where these stand."""
+        self.ranks.tell(Begin(self.bench.data_fingerprint, self.bench.model.base.fingerprint))
+        self.ranks.together(lambda: None)
+        for trial in trials:
+            share_state(trial, self.ranks)
 
     # The loop's Watcher
 
@@ -357,6 +366,8 @@ class PackRunner:
         costs.trainable_parameters = trial.adapter.flat.numel()
         if run.most_beside:
             run.record.notes["pack"] = {"most_runs_beside": run.most_beside}
+        if self.ranks.size > 1:
+            run.record.notes["processes"] = self.ranks.size
         # The record last: when it says completed, everything else is there.
         records.write_record(run.folder, run.record)
 
@@ -378,10 +389,11 @@ class PackRunner:
         def progress(tokens: int) -> None:
             nonlocal done
             self._heed()
-            done += tokens
+            done += tokens * self.ranks.size  # the others are about as far
             self.screen.scored(split, done, total)
 
-        return score(bench.model, adapters, store, bench.verdicts, bench.budget, progress)
+        self.ranks.tell(Score(split, bare=adapters == [None]))
+        return score(bench.model, adapters, store, bench.verdicts, bench.budget, progress, self.ranks)
 
     def _zero_shot(self) -> NDArray[np.float64]:
         """What the bare base says of the test set, asked once for all runs of this process on these rows."""

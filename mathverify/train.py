@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from mathverify import entry
-from mathverify.errors import RunFailed
+from mathverify.engine.ranks import leading, place
+from mathverify.errors import Interrupted, RunFailed
 from mathverify.judge import current_judge
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def train_one(
     from mathverify.prepare import prepare
     from mathverify.progress import shown
     from mathverify.records import read_record
-    from mathverify.run import Interrupted, PackRunner, heeding_signals, interruptible, open_run
+    from mathverify.run import PackRunner, heeding_signals, interruptible, open_run
     from mathverify.screen import RunScreen, TrialScreen
     from mathverify.tracking import uploads_in_background
 
@@ -63,16 +64,17 @@ def train_one(
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     own = RunScreen(config, folder, console) if trial is None else TrialScreen(config, folder, trial, console)
-    with uploads_in_background(), heeding_signals() as stop, own as screen:
+    with uploads_in_background(), heeding_signals() as came, own as screen:
         try:
-            with shown() as progress:
-                bench = prepare(config, interruptible(progress, stop))
-            screen.prepared(bench)
-            run = open_run(config, folder, bench, current_judge())
-            if run is None:
-                return screen.finished_before(read_record(folder))
-            run.spend("prepare", time.perf_counter() - start)
-            PackRunner(bench, screen, stop).run([run])
+            with leading(config, config.device, came) as ranks:
+                with shown() as progress:
+                    bench = ranks.together(lambda: prepare(config, interruptible(progress, ranks.stop)))
+                screen.prepared(bench)
+                run = open_run(config, folder, bench, current_judge())
+                if run is None:
+                    return screen.finished_before(read_record(folder))
+                run.spend("prepare", time.perf_counter() - start)
+                PackRunner(bench, screen, ranks.stop, ranks=ranks).run([run])
         except Interrupted:
             screen.interrupted()
             sys.exit(INTERRUPTED)
@@ -84,5 +86,15 @@ def train_one(
     return accuracy
 
 
+def main() -> None:
+    """The command line. Of several processes that torchrun starts the first one is the run, the others help it."""
+    if place().rank == 0:
+        entry.main(task)
+    elif entry.is_a_run(sys.argv[1:]):
+        from mathverify.helper import help_along
+
+        help_along()
+
+
 if __name__ == "__main__":
-    entry.main(task)
+    main()

@@ -112,6 +112,7 @@ def start(command: Sequence[str], log: Path, user: str | None = None, **more: An
 
 
 def _die_with_tests() -> None:
+    """The kernel watches the thread that started the server: tests start servers in their main thread."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

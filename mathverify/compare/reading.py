@@ -151,6 +151,7 @@ class Comparison:
         found = [r for r in self.runs if os.path.realpath(r.folder) == real]
         found = found or [r for r in self.runs if r.label == place.strip("/")]
         found = found or [r for r in self.runs if r.name == place]
+        found = found or [r for r in self.runs if os.path.realpath(r.folder).endswith(f"/{place.strip('/')}")]
         if len(found) == 1:
             return found[0]
         known = ", ".join(run.label for run in self.runs[:8]) + (", ..." if len(self.runs) > 8 else "")

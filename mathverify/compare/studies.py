@@ -62,7 +62,8 @@ def _view(trial: Any, folder: Path) -> RunView:
         view = read_run(folder)
     else:
         state = {"COMPLETE": State.unreadable, "PRUNED": State.pruned, "FAIL": State.failed}
-        missing = f"its folder {folder} is not on this machine"
+        values = ", ".join(f"{value:.4g}" for value in trial.values or [])
+        missing = f"its folder {folder} is not on this machine" + (f"; the study has {values}" if values else "")
         reason = str(trial.user_attrs.get("reason") or missing)
         view = RunView(folder, state.get(trial.state.name, State.running), " ".join(str(redact(reason)).split()))
         view.settings = dict(trial.params)

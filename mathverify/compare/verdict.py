@@ -6,8 +6,10 @@ with every other, and the p-values are corrected for their number (Holm). With a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -102,11 +104,16 @@ class Verdict:
     def name(self, entry: Configuration) -> str:
         """What tells an entry from the others: its settings if these are short, else where it stands in its table."""
         said = spelt(entry.params)
-        if said and len(said) <= LONGEST_NAME:
+        if said and len(said) <= LONGEST_NAME and self._spelt[said] == 1:
             return said
         if self.by is By.run:
             return f"run {entry.runs[0].label}"
         return f"configuration #{self.entries.index(entry) + 1}" if len(self.entries) > 1 else "the one configuration"
+
+    @functools.cached_property
+    def _spelt(self) -> Counter[str]:
+        """How many entries have the same settings: those that differ in rows or base alone."""
+        return Counter(spelt(entry.params) for entry in self.entries)
 
     @property
     def winner(self) -> Configuration | None:
@@ -196,7 +203,9 @@ def _why_untested(entry: Configuration, table: RightTable, by: By) -> str:
     if any(run not in table.place for run in entry.runs):
         return "predictions are missing"
     if by is By.configuration and len(entry.runs) < 2:
-        return "one seed says nothing of the luck of seeds"
+        return "one seed says nothing of the luck of seeds; --by run compares single runs"
+    if by is By.configuration and table.questions < 2:
+        return "a single question says nothing of other questions"
     return ""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mathverify.engine.ranks import Ranks
 from mathverify.engine.tensor_file import save_tensors
 from mathverify.engine.trial import Trial, TrialState
 from mathverify.errors import UserError
@@ -28,17 +29,8 @@ def save_checkpoint(trial: Trial, folder: Path, identity: str, costs: dict[str, 
         costs: seconds and the like spent so far, given back by `load_checkpoint`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, numbers = _optimizer_state(trial)
-    tensors["adapter"] = trial.adapter.flat
-    state = {
-        "identity": identity,
-        "step": trial.step,
-        "examples": trial.examples,
-        "tokens": trial.tokens,
-        "loss_scale": trial.loss_scale,
-        "optimizer": numbers,
-        "costs": costs,
-    }
+    state, tensors = _state(trial)
+    state |= {"identity": identity, "costs": costs}
     file = folder / f"step-{trial.step:06d}.safetensors"
     save_tensors(file, tensors, {"state": json.dumps(state)})
     for old in _files(folder)[KEPT:]:
@@ -64,7 +56,7 @@ def load_checkpoint(trial: Trial, folder: Path, identity: str) -> dict[str, floa
             raise UserError(
                 f"{file}: belongs to another run (config, data or base differ): use another run folder, or remove it"
             )
-        _restore(trial, state, tensors, file)
+        _restore(trial, state, tensors, str(file))
         return dict(state["costs"])
     return None
 
@@ -80,11 +72,11 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return state, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _restore(trial: Trial, state: dict[str, Any], tensors: dict[str, torch.Tensor], file: Path) -> None:
+def _restore(trial: Trial, state: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> None:
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
     adapter = tensors.pop("adapter")
     if adapter.shape != trial.adapter.flat.shape or not finite:
-        raise UserError(f"{file}: its adapter has the wrong size or numbers that are not finite: remove the file")
+        raise UserError(f"{where}: its adapter has the wrong size or numbers that are not finite: remove the file")
     trial.adapter.flat.data.copy_(adapter)
     trial.step, trial.examples, trial.tokens = state["step"], state["examples"], state["tokens"]
     trial.loss_scale = state["loss_scale"]
@@ -92,9 +84,31 @@ def _restore(trial: Trial, state: dict[str, Any], tensors: dict[str, torch.Tenso
     (parameter,) = trial.optimizer.param_groups[0]["params"]
     slots = trial.optimizer.state[parameter]
     for key, value in tensors.items():
-        # torch keeps its step counter on the CPU and everything else beside the parameter.
-        slots[key] = value if value.dim() == 0 else value.to(parameter.device)
+        slots[key] = value.to(parameter.device)  # the fused optimizer's step counter too
     slots.update(state["optimizer"])
+
+
+def share_state(trial: Trial, ranks: Ranks) -> None:
+    """Put the trial of every process where the leader's stands."""
+    if ranks.size == 1:
+        return
+    state, tensors = ranks.spread(*_state(trial), trial.adapter.flat.device)
+    if ranks.rank > 0:
+        _restore(trial, state, dict(tensors), "the leading process's state")
+
+
+def _state(trial: Trial) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Counters, and tensors by name."""
+    tensors, numbers = _optimizer_state(trial)
+    tensors["adapter"] = trial.adapter.flat
+    state = {
+        "step": trial.step,
+        "examples": trial.examples,
+        "tokens": trial.tokens,
+        "loss_scale": trial.loss_scale,
+        "optimizer": numbers,
+    }
+    return state, tensors
 
 
 def _optimizer_state(trial: Trial) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

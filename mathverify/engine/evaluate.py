@@ -13,6 +13,7 @@ from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
+from mathverify.engine.ranks import Ranks
 
 if TYPE_CHECKING:
     from mathverify.tokens.store import TokenStore
@@ -26,11 +27,12 @@ def score(
     verdicts: VerdictTokens,
     budget: TokenBudget,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> NDArray[np.float64]:
     """Log-odds of True of every row under every adapter; None is the bare base (zero-shot).
 
     Args:
-        progress: called with the number of tokens after each pass.
+        progress: called with the number of tokens after each pass. ranks: processes that share the rows.
 
     Returns:
         float64 [adapters, rows], in the store's order.
@@ -38,25 +40,45 @@ def score(
     Raises:
         UserError: a single segment does not fit into memory.
     """
-    work = [(slot, row) for slot in range(len(adapters)) for row in range(len(store))]
-    scores = np.full((len(adapters), len(store)), np.nan)
+    ranks = ranks or Ranks()
+    rows = ranks.share(store.lengths.tolist())
+
+    def own() -> NDArray[np.float64]:
+        scores = np.zeros((len(adapters), len(store)))  # a sum over processes finds each row scored by one of them
+        scores[:, rows] = _score_rows(model, adapters, store, verdicts, budget, progress, rows)
+        return scores.reshape(-1)
+
+    return ranks.sum(own, len(adapters) * len(store)).reshape(len(adapters), len(store))
+
+
+def _score_rows(
+    model: PackedModel,
+    adapters: Sequence[Adapter | None],
+    store: TokenStore,
+    verdicts: VerdictTokens,
+    budget: TokenBudget,
+    progress: Callable[[int], None] | None,
+    rows: Sequence[int],
+) -> NDArray[np.float64]:
+    """float64 [adapters, len(rows)]: the scores of these rows."""
+    work = [(slot, row) for slot in range(len(adapters)) for row in rows]
+    scores = np.full(len(work), np.nan)
     lengths = [int(store.lengths[row]) for _, row in work]
     left = _passes(lengths, len(adapters), budget.tokens)
     ready = model.ready(adapters)
     while left:
-        part = [work[i] for i in left[0]]
+        now = left[0]
+        part = [work[i] for i in now]
         before = budget.tokens
-        values = budget.until_it_fits(
+        scores[now] = budget.until_it_fits(
             [int(store.lengths[row]) for _, row in part],
             lambda part=part: _score_part(model, ready, store, verdicts, part, budget.tokens),  # type: ignore[misc]
         )
-        for (slot, row), value in zip(part, values, strict=True):
-            scores[slot, row] = value
         rest = [i for indices in left[1:] for i in indices]
         left = left[1:] if budget.tokens == before else _recut(rest, lengths, budget.tokens)
         if progress is not None:
             progress(sum(int(store.lengths[row]) for _, row in part))
-    return scores
+    return scores.reshape(len(adapters), len(rows))
 
 
 def _passes(lengths: list[int], adapters: int, budget: int) -> list[list[int]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mathverify.config import LossKind
@@ -12,6 +14,7 @@ from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut
+from mathverify.engine.ranks import Ranks, Step
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
 
@@ -20,11 +23,15 @@ class Pack:
 
     After an out-of-memory the round is repeated with a smaller budget; since nothing random has a state, it is the
     same round. shares: of the last round's tokens, by trial; trials that failed in it are among them.
+
+    ranks: processes that have the same pack. Each computes its share of a round's segments, as its own memory allows;
+    gradients are summed, so all make the same update.
     """
 
-    def __init__(self, model: PackedModel, budget: TokenBudget) -> None:
+    def __init__(self, model: PackedModel, budget: TokenBudget, ranks: Ranks | None = None) -> None:
         self.model = model
         self.budget = budget
+        self.ranks = ranks or Ranks()
         self.trials: list[Trial] = []
         self.shares: dict[Trial, float] = {}
         self._made_ready: tuple[list[Adapter | None], Ready] | None = None
@@ -37,6 +44,7 @@ class Pack:
         """A trial leaves; the others do not notice."""
         self.trials.remove(trial)
         self.shares.pop(trial, None)
+        self._made_ready = None
 
     @property
     def running(self) -> list[Trial]:
@@ -49,9 +57,10 @@ class Pack:
             UserError: a single segment does not fit into memory.
         """
         trials = self.running
+        self.ranks.tell(Step(tuple(trial.step for trial in trials)))
         rounds = [trial.segments(slot) for slot, trial in enumerate(trials)]
         segments = [segment for own in rounds for segment in own]
-        losses = self.budget.until_it_fits([len(s) for s in segments], lambda: self._passes(trials, segments))
+        losses = self._summed(trials, segments)
         tokens = [sum(len(segment) for segment in own) for own in rounds]
         self.shares = {trial: count / sum(tokens) for trial, count in zip(trials, tokens, strict=True)}
         reports = []
@@ -60,6 +69,19 @@ class Pack:
             if report is not None:
                 reports.append((trial, report))
         return reports
+
+    def _summed(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
+        """`_passes` over all processes, each with its share of the segments."""
+        own = [segments[i] for i in self.ranks.share([len(s) for s in segments])]
+
+        def passes() -> NDArray[np.float64]:
+            lengths = [len(s) for s in own]
+            return np.array(self.budget.until_it_fits(lengths, lambda: self._passes(trials, own)))
+
+        losses: list[float] = self.ranks.sum(passes, len(trials)).tolist()
+        for trial in trials:
+            self.ranks.add(trial.adapter.grad)
+        return losses
 
     def _passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
         """Forward and backward of a whole round: gradients into the adapters, summed weighted losses by slot."""
@@ -76,7 +98,9 @@ class Pack:
         """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
         enough as long as the trials are the same; else they use copies, which each update makes stale."""
         adapters: list[Adapter | None] = [trial.adapter for trial in trials]
-        if self._made_ready is None or self.model.base.dtype is not torch.float32 or self._made_ready[0] != adapters:
+        if self.model.base.dtype is not torch.float32:
+            return self.model.ready(adapters)
+        if self._made_ready is None or self._made_ready[0] != adapters:
             self._made_ready = adapters, self.model.ready(adapters)
         return self._made_ready[1]
 
@@ -96,7 +120,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        totals.index_add_(0, slots, weighted.detach())
+        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
+        totals += (
+            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        ).float() @ weighted.detach()
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:

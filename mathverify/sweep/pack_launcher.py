@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from mathverify.errors import UserError
+from mathverify.errors import Interrupted, UserError
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
 from mathverify.sweep.grouping import by_base, difference
 from mathverify.sweep.ticket import Ticket
@@ -115,7 +115,7 @@ def _work(
         return
     # From here on it is heavy.
     from mathverify.pack_screen import PackScreen
-    from mathverify.run import Interrupted, heeding_signals
+    from mathverify.run import heeding_signals
     from mathverify.screen import SCREEN, paper
     from mathverify.sweep.packs import Packs
     from mathverify.tracking import uploads_in_background

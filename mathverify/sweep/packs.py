@@ -12,12 +12,12 @@ import torch
 
 from mathverify.base import resolve_device
 from mathverify.entry import one_line
-from mathverify.errors import RunFailed
+from mathverify.errors import Interrupted, RunFailed
 from mathverify.pack_screen import PackScreen
 from mathverify.prepare import Workbench, prepare
 from mathverify.progress import shown
 from mathverify.records import RunRecord, Status, read_record
-from mathverify.run import Interrupted, PackRunner, Run, interruptible, open_run
+from mathverify.run import PackRunner, Run, interruptible, open_run
 from mathverify.sweep.grouping import difference
 from mathverify.sweep.ticket import Ticket
 

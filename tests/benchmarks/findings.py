@@ -169,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[study.name for study in STUDIES], action="append")
     parser.add_argument("--seeds", type=int, default=8, help="of each setting (8)")
-    parser.add_argument("--steps", type=int, default=400, help="of every run, or with equal examples of 16 a step (400)")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="of every run, or with equal examples of 16 a step (400)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that share a study (2)")
     parser.add_argument("--runs", type=Path, default=ROOT / "multirun" / "findings", help="where run folders go")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "findings", help="where the page goes")

@@ -42,6 +42,7 @@ from mathverify.engine.generate import generate_verdicts
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
+from mathverify.engine.ranks import place
 from mathverify.engine.trial import Trial
 
 VERDICTS: Any = SimpleNamespace(true_id=5, false_id=6)
@@ -351,7 +352,8 @@ GENERATE, SCORE_SAME = "generate-and-parse, 64 rows", "scoring the same 64 rows"
 
 
 def device() -> str:
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    """The first GPU; of several processes that torchrun started each has its own."""
+    return f"cuda:{place().local}" if torch.cuda.is_available() else "cpu"
 
 
 def synchronize() -> None:
@@ -382,7 +384,7 @@ def main() -> None:
         report.note("ceiling", ceiling)
         report.note("base products alone, sustained", sustained)
     vocabulary = 512 if options.tiny else 128256
-    rows, small = Workload(2000, vocabulary), Workload(1000, vocabulary, seed=1)
+    rows, small = Workload(2000, vocabulary), Workload(400, vocabulary, seed=1)
     same = Workload(64, vocabulary, seed=2)
     one, eight = [config(4, 4)], [config(4, 1, seed=seed) for seed in range(8)]
     steps, parts = options.steps, set(options.only)

@@ -137,6 +137,7 @@ def test_a_run_is_found_by_path_label_or_name(make: Make, tmp_path: Path) -> Non
     make("b", config_of(rank=64))
     found = read_runs([tmp_path])
     assert found.find(str(tmp_path / "a")) is found.find("a") is found.find("r16-a16-b4") is found.runs[0]
+    assert found.find(f"{tmp_path.name}/a") is found.runs[0]
     with pytest.raises(UserError, match=r"c: is none of the runs.*\(a, b\)"):
         found.find("c")
 

@@ -39,4 +39,7 @@ def test_a_database_without_studies_is_left_as_it_is(postgres: Postgres, capsys:
     assert main([url]) == 2
     said = capsys.readouterr().err
     assert "cannot be read as a study" in said and PASSWORD not in said and len(said.splitlines()) == 1
-    assert postgres.sql("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", url.rpartition("/")[2]).strip() == "0"
+    assert (
+        postgres.sql("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", url.rpartition("/")[2]).strip()
+        == "0"
+    )

@@ -180,7 +180,8 @@ def test_a_single_seed_among_many_is_not_tested_and_forbids_a_winner(make: Make)
     assert verdict.winner is None
     said = "\n".join(sentences(verdict))
     assert (
-        "not all could be tested" in said and "not tested (one seed says nothing of the luck of seeds): rank=8" in said
+        "not all could be tested" in said
+        and "not tested (one seed says nothing of the luck of seeds; --by run compares single runs): rank=8" in said
     )
 
 
@@ -203,6 +204,26 @@ def test_training_on_other_rows_is_said(make: Make) -> None:
     record = places[0] / "result.json"
     record.write_text(record.read_text().replace("d" * 32, "e" * 32))
     assert any("differ in the rows or prompts" in note for note in verdict_of(places).notes)
+    twin = make("twin", config_of(rank=64), ROWS, validation=0.6)  # the same settings on the rows that they had before
+    verdict = verdict_of([*places, twin])
+    assert {verdict.name(entry) for entry in verdict.entries} == {
+        "run r64",
+        "run twin",
+        "rank=32 alpha=32",
+        "rank=16 alpha=16",
+    }
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_test_set_of_one_question_or_one_row_settles_nothing(make: Make, seeds: int) -> None:
+    for rows in (TestRows(40, 1), TestRows(1, 1)):
+        places = [
+            make(f"{rows.rows}-{rank}-{seed}", config_of(rank=rank, seed=seed), rows, right=np.full(rows.rows, rank > 16))
+            for rank in (16, 64) for seed in range(seeds)
+        ]  # fmt: skip
+        verdict = verdict_of(places)
+        assert verdict.winner is None
+        assert sentences(verdict)[0].startswith("no ")
 
 
 def test_one_run_has_nothing_to_be_compared_with(make: Make) -> None:

@@ -37,7 +37,7 @@ ELSEWHERE = [c for c in COMMANDS if c not in RUNS + MAKE + MODULES]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with what the README's commands refer to: my-model, train.parquet, replies.csv, runs."""
+    """A folder with what the README's commands refer to: my-model, train.parquet and replies.csv."""
     from mathverify import tiny
     from mathverify.examples.arithmetic import generate
 
@@ -45,11 +45,17 @@ def place(tmp_path: Path) -> Path:
     rows: pa.Table = generate(900, 32, 32, 0).train.select(["question", "answer", "solution", "is_correct"])
     pq.write_table(rows, tmp_path / "train.parquet")
     write_csv(rows.rename_columns(["question", "reply", "solution", "is_correct"]), tmp_path / "replies.csv")
+    return tmp_path
+
+
+@pytest.fixture
+def place_with_runs(place: Path) -> Path:
+    """The same with finished runs and a sweep, which commands that look at runs refer to."""
     for number in range(4):
         config = config_of(rank=(16, 64)[number // 2], seed=number % 2)
-        make_run(tmp_path / "multirun" / "rank_grid" / str(number), config)
-        make_run(tmp_path / "outputs" / "2026-11-23" / f"1{number}-00-00", config)
-    return tmp_path
+        make_run(place / "multirun" / "rank_grid" / str(number), config)
+        make_run(place / "outputs" / "2026-11-23" / f"1{number}-00-00", config)
+    return place
 
 
 def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
@@ -89,8 +95,8 @@ def test_every_run_of_the_readme_runs(command: str, place: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", MODULES)
-def test_every_other_command_of_the_package_runs(command: str, place: Path) -> None:
-    done = run(command, place)
+def test_every_other_command_of_the_package_runs(command: str, place_with_runs: Path) -> None:
+    done = run(command, place_with_runs)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
