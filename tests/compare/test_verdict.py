@@ -180,7 +180,8 @@ def test_a_single_seed_among_many_is_not_tested_and_forbids_a_winner(make: Make)
     assert verdict.winner is None
     said = "\n".join(sentences(verdict))
     assert (
-        "not all could be tested" in said and "not tested (one seed says nothing of the luck of seeds; --by run compares single runs): rank=8" in said
+        "not all could be tested" in said
+        and "not tested (one seed says nothing of the luck of seeds; --by run compares single runs): rank=8" in said
     )
 
 
