@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from mathverify.engine.ranks import place
 from mathverify.printable import printable as printable
 from mathverify.records import CHECKPOINT, RunRecord, Status
 from mathverify.run import Run, Screen
@@ -131,7 +132,9 @@ class RunScreen(Screen):
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
         continuing = f"{shlex.join(words)} {as_override('hydra.run.dir', self.folder)}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
-        self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
+        size = place().size
+        launcher = "python" if size == 1 else f"torchrun --nproc-per-node {size}"
+        self._say(f"stopped; {saved}. Continue with: {launcher} -m mathverify.train {continuing}")
 
     def _say(self, line: str) -> None:
         self.console.print(printable(line), markup=False)

@@ -204,6 +204,8 @@ def _why_untested(entry: Configuration, table: RightTable, by: By) -> str:
         return "predictions are missing"
     if by is By.configuration and len(entry.runs) < 2:
         return "one seed says nothing of the luck of seeds; --by run compares single runs"
+    if by is By.configuration and table.questions < 2:
+        return "a single question says nothing of other questions"
     return ""
 
 

@@ -30,8 +30,8 @@ from mathverify.records import REDACTED, redact
 JOURNAL = "study.journal"
 STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
-PASSWORD_VARIABLE = f"{STORAGE_VARIABLE}_PASSWORD"
-"""The password alone, by a name that `redact` takes for a secret's."""
+PASSWORD_VARIABLE, PLAIN_VARIABLE = f"{STORAGE_VARIABLE}_PASSWORD", f"{STORAGE_VARIABLE}_PLAIN_PASSWORD"
+"""The password alone, as the URL has it and without its escapes, by names that `redact` takes for a secret's."""
 
 T = TypeVar("T")
 
@@ -113,10 +113,13 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path, patient: bo
     if isinstance(storage, str) and storage.startswith("journal://"):
         return JournalStudy(Path(storage.removeprefix("journal://")))
     try:
+        url = storage
         if isinstance(storage, dict):
-            opened: BaseStorage = instantiate(storage)
-            return opened
-        return open_database(storage) if not patient else patiently(lambda: open_database(storage))
+            if storage.keys() != {"_target_", "url"} or storage["_target_"] != "optuna.storages.RDBStorage":
+                opened: BaseStorage = instantiate(storage)  # with settings of its own: its own way with restarts too
+                return opened
+            url = storage["url"]
+        return open_database(str(url)) if not patient else patiently(lambda: open_database(str(url)))
     except UserError:
         raise
     except Exception as error:
@@ -184,13 +187,15 @@ def hide_password(storage: str | dict[str, Any] | None) -> bool:
 
     From then on `redact` knows the password by itself, wherever it turns up.
     """
+    for name in (STORAGE_VARIABLE, PASSWORD_VARIABLE, PLAIN_VARIABLE):  # of an earlier sweep of this process
+        os.environ.pop(name, None)
     if storage is None or shown(storage) == str(storage):
         return False
     os.environ[STORAGE_VARIABLE] = storage if isinstance(storage, str) else json.dumps(storage)
     written = _password(storage if isinstance(storage, str) else str(storage.get("url", "")))
     if written is not None:
         os.environ[PASSWORD_VARIABLE] = written
-        os.environ[f"{STORAGE_VARIABLE}_PLAIN_PASSWORD"] = unquote(written)
+        os.environ[PLAIN_VARIABLE] = unquote(written)
     return True
 
 
@@ -335,7 +340,7 @@ def patiently(work: Callable[[], T]) -> T:
                     f"the study's database does not answer ({_reason(error)}): see that it runs and can be reached, "
                     "then give the same command again, which continues"
                 ) from None
-            if pause > 1:
+            if 1 < pause < 2:  # once; shorter ones are not worth a word
                 print(f"waiting for the study's database: {_reason(error)}", flush=True)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, 10.0)
@@ -358,7 +363,7 @@ def is_outage(error: BaseException | None) -> bool:
 
 _REFUSAL = re.compile(
     r"authentication failed|no password supplied|no pg_hba.conf entry|permission denied|no such (table|column)"
-    r"|(database|role) \"[^\"]*\" does not exist|could not translate host name|unable to open database file"
+    r"|(database|role) \"[^\"]*\" does not exist|unable to open database file"
 )
 
 
@@ -377,8 +382,9 @@ def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T
     """Run `section` while no other worker of study `name` is in one: to propose, take over or tell a trial.
 
     On PostgreSQL the lock is the database's (an advisory one, so that machines need share nothing else), else a file
-    beside the study's. Both are let go when the holder dies. If the database goes away in the middle, the section is
-    run anew from its beginning under a fresh lock, so it must look at the study before it changes anything.
+    beside the study's. Both are let go when the holder dies. One that is suspended is cut off by the database; a file's
+    lock it keeps until it goes on. If the database goes away in the middle, the section is run anew from its beginning
+    under a fresh lock, so it must look at the study before it changes anything.
     """
     if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
         return patiently(lambda: _alone_in_postgres(storage, name, section))

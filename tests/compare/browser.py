@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.services import require
 
 FLAGS = (
     "--headless",
@@ -26,30 +24,19 @@ FLAGS = (
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
-def require_chromium() -> None:
-    """Skip without Chromium and its driver; in CI (CI=true) fail."""
-    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    if not missing:
-        return
-    reason = f"{' and '.join(missing)} not installed (.ci/services does it)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
     """A fresh browser with `profile` (a folder that does not exist yet) to itself."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    require_chromium()
+    binary, driver_binary = require("chromium", "chromedriver")
     options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
+    options.binary_location = binary
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options=options, service=Service(driver_binary))
     try:
         driver.set_page_load_timeout(60)
         driver.set_script_timeout(60)

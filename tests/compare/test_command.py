@@ -250,7 +250,6 @@ def test_a_report_lies_in_the_sweep_unless_it_is_told_where(command: Command, sw
         (["sqlite:///SWEEP/16-1/result.json"], "cannot be read as a study"),
         (["SWEEP", "--table", "/proc/nowhere/x.csv"], "cannot be written"),
         (["SWEEP", "--table", "SWEEP/16-1/result.json/x.csv"], "cannot be written"),
-        (["SWEEP", "--figures", "SWEEP/16-1/result.json"], "cannot be written"),
         ([], "required: PLACE"),
         (["--report", "SWEEP"], "ends in .html"),
         (["SWEEP", "--report", "page.pdf"], "ends in .html"),

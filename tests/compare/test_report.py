@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from scipy.special import expit
 
 from mathverify.compare.reading import Comparison, read_runs
@@ -20,8 +22,9 @@ from mathverify.compare.report.figures import write_figures
 from mathverify.compare.report.importance import importance
 from mathverify.compare.report.page import as_script, render
 from mathverify.compare.report.pair import differences
-from mathverify.compare.report.rows import row_facts
+from mathverify.compare.report.rows import found_again, row_facts
 from mathverify.compare.verdict import judge
+from mathverify.config import DataConfig, DataSource
 from mathverify.records import Predictions, Status
 from mathverify.scoring import measure
 
@@ -199,6 +202,27 @@ def test_rows_of_other_data_come_without_text(tmp_path: Path) -> None:
     moved = moved.set_column(moved.schema.get_field_index("id"), "id", pa.array([f"other-{k}" for k in range(80)]))
     page = page_of(read_runs([synthetic.sweep(tmp_path, 2, seeds=1, table=moved)]))
     assert "Their text cannot be shown" in page
+
+
+def test_relative_paths_are_taken_from_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of a table's rows is found from any folder, as long as the table is where it was."""
+    table = synthetic.rows(80).select(["question", "answer", "solution", "is_correct"])
+    (tmp_path / "started").mkdir()
+    pq.write_table(table, tmp_path / "started" / "rows.parquet")
+    pq.write_table(synthetic.rows(), tmp_path / "started" / "train.parquet")
+    synthetic.sweep(tmp_path / "runs", 2, seeds=1)
+    for folder in (tmp_path / "runs").iterdir():
+        (folder / ".hydra").mkdir()
+        runtime = {"hydra": {"runtime": {"cwd": str(tmp_path / "started")}}}
+        (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(runtime))
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig(source=DataSource.table, train="train.parquet", test="rows.parquet")
+    found = found_again(config, tmp_path / "runs" / "0")
+    assert found.test == str(tmp_path / "started" / "rows.parquet")
+    assert found.validation is None
+    assert found_again(DataConfig(source=DataSource.table, train="gone.parquet"), tmp_path).train == "gone.parquet"
 
 
 def test_the_first_pair_is_the_best_and_the_best_of_another_kind(tmp_path: Path) -> None:

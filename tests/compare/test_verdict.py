@@ -214,6 +214,18 @@ def test_training_on_other_rows_is_said(make: Make) -> None:
     }
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_test_set_of_one_question_or_one_row_settles_nothing(make: Make, seeds: int) -> None:
+    for rows in (TestRows(40, 1), TestRows(1, 1)):
+        places = [
+            make(f"{rows.rows}-{rank}-{seed}", config_of(rank=rank, seed=seed), rows, right=np.full(rows.rows, rank > 16))
+            for rank in (16, 64) for seed in range(seeds)
+        ]  # fmt: skip
+        verdict = verdict_of(places)
+        assert verdict.winner is None
+        assert sentences(verdict)[0].startswith("no ")
+
+
 def test_one_run_has_nothing_to_be_compared_with(make: Make) -> None:
     assert sentences(verdict_of([make("one")]))[0].endswith("nothing to compare it with")
 

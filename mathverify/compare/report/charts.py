@@ -318,15 +318,16 @@ def learning(facts: Facts, x: str = "step") -> Spec:
     line = base.mark_line(strokeWidth=1.6).encode(
         x=place, y=y, detail="run:N", color=colour, opacity=_fading(0.9, 0.08), tooltip=tips
     )
-    dots = base.mark_circle(size=26).encode(
+    dots = base.mark_point(filled=False, size=12, strokeWidth=2.5).encode(
         x=place, y=y, color=colour, opacity=_fading(0.9, 0.05), detail="run:N", tooltip=tips
     )
+    # A gradient is drawn only for one channel, so all of it goes to strokes; the band's fill stays out of it.
     band = base.mark_area().encode(
         x=place,
         y=alt.Y("low:Q", title="validation accuracy"),
         y2="high:Q",
         detail="run:N",
-        color=colour,
+        color=colour if len(facts.configurations) <= FEW else alt.value(FAINT),
         opacity=alt.condition("hot === datum.run", alt.value(0.3), alt.value(0.07 if few(facts) else 0)),
         tooltip=alt.value(None),
     )

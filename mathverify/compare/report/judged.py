@@ -26,7 +26,7 @@ def said(verdicts: Sequence[Verdict]) -> list[str]:
 
 def verdict_tables(comparison: Comparison, verdicts: Sequence[Verdict]) -> list[Table]:
     """Those of the terminal but for the tables of runs, which the page has its own way of."""
-    found = [table for table in tables(comparison, verdicts) if not any(c.part == "number" for c in table.columns)]
+    found = [table for table in tables(comparison, verdicts) if not any(c.title == "run" for c in table.columns)]
     return [replace(table, title=table.title[:1].upper() + table.title[1:]) for table in found]
 
 
@@ -58,10 +58,15 @@ def verdict_rows(verdicts: Sequence[Verdict], numbers: dict[RunView, int], runs:
 
 
 def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -> dict[Configuration, str]:
-    """What the page calls the entries; verdict's own labels where that would call two the same."""
-    field = "configuration" if verdict.by is By.configuration else "label"
-    places = {entry: numbers.get(entry.runs[0], len(runs)) for entry in verdict.entries}
-    names = {e: str(runs[n][field]) if n < len(runs) else printable(verdict.name(e)) for e, n in places.items()}
-    if len(set(names.values())) < len(names):
-        return {entry: printable(verdict.name(entry)) for entry in names}
-    return names
+    """What the figures call the entries: as the page calls their runs, led by the verdict's own names ('#3', 'run 12')
+    where it has such for any."""
+    of_seeds = verdict.by is By.configuration
+    own = {entry: printable(verdict.name(entry)) for entry in verdict.entries}
+    are_led = any(name.startswith(("configuration #", "run ")) for name in own.values())
+    names = {}
+    for place, entry in enumerate(verdict.entries, 1):
+        number = numbers.get(entry.runs[0], len(runs))
+        settings = str(runs[number]["configuration" if of_seeds else "label"]) if number < len(runs) else own[entry]
+        lead = f"#{place}" if of_seeds else f"run {printable(entry.runs[0].label)}"
+        names[entry] = f"{lead}, {settings}" if are_led and settings != own[entry] else settings
+    return names if len(set(names.values())) == len(names) else own

@@ -164,7 +164,7 @@ def _texts(run: RunView, ids: Sequence[str], labels: NDArray[np.bool_]) -> tuple
     """Question, answer and solution by id, from the data that the run was made with; or why they cannot be had."""
     wanted = dict(zip(ids, labels.tolist(), strict=True))
     try:
-        config = _found_again(from_plain(run.record().config).data, run.folder)
+        config = found_again(from_plain(run.record().config).data, run.folder)
         with _no_network():
             test = load(config).splits.test
     except UserError as error:
@@ -192,7 +192,7 @@ def _clipped(text: str, most: int) -> str:
     return shown if len(shown) <= most else shown[:most] + " ..."
 
 
-def _found_again(config: DataConfig, folder: Path) -> DataConfig:
+def found_again(config: DataConfig, folder: Path) -> DataConfig:
     """The data config with relative paths taken from where the run was started, as Hydra noted it."""
     try:
         started_in = Path(

@@ -77,7 +77,9 @@ def _verdict(verdicts: Sequence[Verdict], data: dict[str, list[Row]]) -> Section
         return Section("verdict", title, absent="Nothing can be compared where no run has finished.")
     verdict, figures = verdicts[0], []
     if len(verdicts) == 1 and len(verdict.entries) == 1:
-        return Section("verdict", title, absent="There is nothing to compare the one that has finished with.")
+        return Section(
+            "verdict", title, absent="Only one configuration has finished, so there is nothing to compare it with."
+        )
     of_seeds = verdict.by is By.configuration
     if rows := data["configurations"]:
         caption = (
