@@ -423,9 +423,9 @@ def _names_beside(key: str) -> tuple[str, list[str] | None]:
     """The first part of `key` that is not a setting, and the settings that exist in its place, if any do."""
     owner: Any = RunConfig()
     parts = key.split(".")
-    for place, part in enumerate(parts):
+    for depth, part in enumerate(parts):
         names = [f.name for f in fields(owner)] if is_dataclass(owner) else None
         if names is None or part not in names:
-            return ".".join(parts[: place + 1]), names
+            return ".".join(parts[: depth + 1]), names
         owner = getattr(owner, part)
     return key, None
