@@ -120,10 +120,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
-        totals += (
-            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
-        ).float() @ weighted.detach()
+        # Not index_add_: on a GPU that adds in whatever order its threads come. Nor a product with ones and zeros: a
+        # trial's NaN would be in every sum.
+        own = slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        totals += torch.where(own, weighted.detach()[None, :], 0.0).sum(dim=1)
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:
