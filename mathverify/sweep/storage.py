@@ -349,11 +349,12 @@ def patiently(work: Callable[[], T]) -> T:
 def is_outage(error: BaseException | None) -> bool:
     """Whether an error means that the database or the way to it is down, restarting, full or busy; not that it refuses
     the user or lacks what is asked for."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
     from sqlalchemy.exc import TimeoutError as PoolTimeout
 
     while error is not None:
-        if isinstance(error, OperationalError | InterfaceError | PoolTimeout) or (
+        # Optuna reads on after a query that failed; a connection that was cut says then that it was not rolled back.
+        if isinstance(error, OperationalError | InterfaceError | PoolTimeout | PendingRollbackError) or (
             isinstance(error, DBAPIError) and error.connection_invalidated
         ):
             return _REFUSAL.search(str(error)) is None
