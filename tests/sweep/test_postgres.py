@@ -160,7 +160,8 @@ def test_a_connection_cut_between_two_queries_of_one_read_is_an_outage_too(
     url = postgres.database()
     study = optuna.create_study(storage=open_storage(url, tmp_path), study_name="s")
     study.ask()
-    plain, cut = StudyModel.find_or_raise_by_id, []
+    plain = StudyModel.find_or_raise_by_id
+    cut: list[bool] = []
 
     def cutting(*arguments: Any, **named: Any) -> Any:
         found = plain(*arguments, **named)
