@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Tests run in several processes; more threads than cores would only make them wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help run test test-long quick findings check format clean
+.PHONY: help run test test-long quick findings bench check audit format clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -27,10 +27,16 @@ quick: $(READY) ## The tests without the slow ones
 findings: $(READY) ## Ask on the embedded default whether rank and batch size help (72 runs; the same command continues)
 	$(BIN)/python -m tests.benchmarks.findings $(ARGS)
 
+bench: $(READY) ## Speed on this machine's CPU, side by side: packs, the Trainer with PEFT, tokenising, start-up
+	$(BIN)/python -m tests.benchmarks.cpu $(ARGS)
+
 check: $(READY) ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(READY) ## Look for known vulnerabilities in what is installed (asks the Python Package Index)
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
 
 format: $(READY) ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .

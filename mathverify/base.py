@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +162,8 @@ def _load_model(
     if config.path is None or not sys.stderr.isatty():
         logging.disable_progress_bar()  # a bar is for a load that takes a while, and for a terminal
     with _Explaining(config), _asking_the_hub(config):
-        return AutoModelForCausalLM.from_pretrained(
+        _refuse_adapter(config)
+        found: Any = AutoModelForCausalLM.from_pretrained(
             model_path(config),
             revision=config.revision,
             dtype=dtype,
@@ -168,7 +171,41 @@ def _load_model(
             quantization_config=_bitsandbytes_config(quantization, dtype),
             use_safetensors=True,  # never a pickle
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        model: PreTrainedModel = found[0]
+        _refuse_unfit_weights(config, model, report=found[1])
+        return model
+
+
+def _refuse_adapter(config: ModelConfig) -> None:
+    """transformers would load the adapter's own base and the adapter into it, and train on top of that."""
+    if (Path(model_path(config)) / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.path = {model_path(config)}: holds an adapter (adapter_config.json), not a base: "
+            "give the folder of the base that it was trained on"
+        )
+
+
+def _refuse_unfit_weights(config: ModelConfig, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """transformers fills what the files lack with random numbers; and a NaN would end every trial at its first step."""
+    import torch
+
+    where = f"model.path = {model_path(config)}"
+    lacking = sorted(report.get("missing_keys") or ())
+    if lacking:
+        raise UserError(
+            f"{where}: its weights lack {len(lacking)} of the model's tensors (the first is {lacking[0]}): "
+            "give the whole checkpoint that belongs to its config.json"
+        )
+    for name, ours, theirs in sorted(report.get("mismatched_keys") or (), key=str)[:1]:
+        raise UserError(
+            f"{where}: {name} has the size {tuple(ours)} in its weights and {tuple(theirs)} by its config.json: "
+            "give the config.json that belongs to them"
+        )
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {name} holds numbers that are not finite: download or save the checkpoint again")
 
 
 def _bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> Any:
@@ -203,6 +240,13 @@ def _refuse_impossible(quantization: QuantizationConfig, device: str) -> None:
             )
 
 
+def _loggings() -> tuple[Any, Any]:
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging as transformers
+
+    return hub, transformers
+
+
 class _Explaining:
     """Turns what transformers and the hub raise for a missing, gated or unreadable model into one line."""
 
@@ -211,9 +255,14 @@ class _Explaining:
         self.config = config
 
     def __enter__(self) -> None:
-        return None
+        # What matters of their reports is told as an error, in one line.
+        self._verbosity = [(library, library.get_verbosity()) for library in _loggings()]
+        for library, _ in self._verbosity:
+            library.set_verbosity(CRITICAL)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for library, before in self._verbosity:
+            library.set_verbosity(before)
         if isinstance(error, Exception) and not isinstance(error, UserError):
             raise UserError(f"{self.where}: {self._explain(error)}") from error
 
@@ -249,8 +298,12 @@ class _Explaining:
                 "the folder has no *.safetensors file; weights in pickle form (*.bin, *.pt) are not read: convert them "
                 "with transformers' save_pretrained"
             )
-        if "Tokenizer" in text and not any(local.glob("tokenizer*")):
+        if "tokenizer" in text.casefold() and not any(local.glob("tokenizer*")):
             return "the folder has no tokenizer files: copy tokenizer.json and tokenizer_config.json beside the weights"
+        if "SafetensorError" in text:
+            return (
+                f"its weights cannot be read ({_first_line(error)}): copy or download the model's *.safetensors again"
+            )
         return _first_line(error)
 
 

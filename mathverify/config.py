@@ -273,6 +273,12 @@ class PromptConfig:
         _require(self.max_length >= 8, "prompt.max_length", self.max_length, "a whole number >= 8")
 
 
+MOST = 10**9
+"""Largest count of anything: what is larger is a slip of the finger, and would overflow somewhere below."""
+
+MOST_THREADS = 1024
+
+
 @dataclass
 class TrainConfig:
     """How much and in what pieces. batch_size x grad_accumulation = examples of one optimizer step.
@@ -295,10 +301,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accumulation", "max_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "a whole number >= 1")
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}", value, "a whole number >= 1")
+            _require(value <= MOST, f"train.{name}", value, f"at most {MOST:,}")
         for name in ("max_examples", "eval_every", "checkpoint_every", "token_budget", "threads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name}", value, "a whole number >= 1, or null")
+            _require(value is None or value <= MOST, f"train.{name}", value, f"at most {MOST:,}")
+        # torch dies without a word when it is given more threads than the system has for it.
+        _require(self.threads is None or self.threads <= MOST_THREADS, "train.threads", self.threads, "at most 1,024")
 
     @property
     def examples_per_step(self) -> int:

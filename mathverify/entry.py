@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
+import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -29,6 +33,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mathverify.config import RunConfig
 from mathverify.engine.ranks import place
 from mathverify.errors import RunFailed, UserError
+from mathverify.printable import printable
+
+MOST_JOBS = 10_000
+"""Of a grid: each is composed and checked before the first one starts."""
 
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: bad input of any kind; a run that failed by itself."""
@@ -109,7 +117,11 @@ class Preflight(Callback):
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # other sweepers make up their jobs as they go
         wrong = 0
-        for number, overrides in enumerate(_grid(config.hydra.overrides.task)):
+        try:
+            jobs = _grid(config.hydra.overrides.task)
+        except UserError as error:
+            sys.exit(report(error))
+        for number, overrides in enumerate(jobs):
             try:
                 refuse_contradictions(overrides)
                 self._check_job(config, number, overrides)
@@ -119,6 +131,14 @@ class Preflight(Callback):
             sys.exit(wrong)
         _group(config)
 
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra has written its files by now."""
+        _redact_files(Path(config.hydra.runtime.output_dir) / str(config.hydra.output_subdir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for the file that Hydra's own sweeper writes."""
+        _redact_files(Path(config.hydra.sweep.dir))
+
     def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> None:
         job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
         with open_dict(job):
@@ -126,10 +146,42 @@ class Preflight(Callback):
         self._claim(Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir, to_run_config(job))
 
     def _claim(self, folder: Path, config: RunConfig) -> None:
-        if folder.exists():
-            from mathverify.records import claim_run_folder
+        from mathverify.records import check_writable, claim_run_folder
 
+        if folder.exists():
             claim_run_folder(folder, config)
+        else:
+            check_writable(folder)
+
+
+def _redact_files(folder: Path) -> None:
+    """Black out secrets in the config files that Hydra wrote; files without any are left alone."""
+    from mathverify.files import write_atomic
+    from mathverify.records import redact
+
+    for file in folder.glob("*.yaml"):
+        text = file.read_text("utf-8")
+        if (clean := str(redact(text))) != text:
+            write_atomic(file, clean.encode())
+
+
+def _redact_logs() -> None:
+    """Black out secrets in whatever is logged by whomever: Hydra's launchers log every job's overrides."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "is_ours", False):
+        return
+
+    def redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        from mathverify.records import redact
+
+        record = make(*arguments, **named)
+        with contextlib.suppress(TypeError, ValueError):  # arguments that do not fit: logging tells that by itself
+            lines = str(redact(record.getMessage())).split("\n")
+            record.msg, record.args = "\n".join(map(printable, lines)), ()
+        return record
+
+    redacted.is_ours = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(redacted)
 
 
 def _group(config: DictConfig) -> None:
@@ -141,15 +193,24 @@ def _group(config: DictConfig) -> None:
 
 
 def _grid(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of Hydra's own grid: one list of overrides for each combination of choices, in its order."""
+    """The jobs of Hydra's own grid: one list of overrides for each combination of choices, in its order.
+
+    Raises:
+        UserError: there are more than anybody means.
+    """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     axes = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        [f"{one.get_key_element()}={value}" for value in itertools.islice(one.sweep_string_iterator(), MOST_JOBS + 1)]
         if one.is_sweep_override()
         else [str(one.input_line)]
         for one in parsed
         if not one.get_key_element().startswith("hydra.")
     ]
+    if math.prod(map(len, axes)) > MOST_JOBS:
+        raise UserError(
+            f"{' '.join(overrides)}: is a grid of more than {MOST_JOBS:,} jobs: give fewer values, or sample them with "
+            "hydra/sweeper=optuna"
+        )
     return [list(combination) for combination in itertools.product(*axes)]
 
 
@@ -232,11 +293,17 @@ def main(task: Callable[[DictConfig], Any]) -> None:
     # Hydra prints and exits by itself on errors unless this is set; here the errors are wanted as exceptions.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        _check_flags(sys.argv[1:])
+        _redact_logs()
         hydra.main(version_base="1.3", config_path=config_dir(), config_name="config")(task)()
     except (UserError, RunFailed, HydraException, OmegaConfBaseException) as error:
         if _wants_traceback:
             raise
         sys.exit(report(error))
+    except ValueError as error:
+        if _wants_traceback or not _is_hydras(error):
+            raise
+        sys.exit(report(UserError(f"{one_line(error)}: see --help for what can be set")))
     except OSError as error:
         if _wants_traceback or error.filename is None:
             raise
@@ -245,9 +312,36 @@ def main(task: Callable[[DictConfig], Any]) -> None:
         sys.exit(130)
 
 
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise UserError where Hydra's own parser of flags would print its whole usage."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: put flags such as -m before all overrides; --hydra-help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(words))
+
+
+def _is_hydras(error: BaseException) -> bool:
+    """Whether an exception was raised within Hydra or OmegaConf, which use plain ValueErrors for some bad overrides."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "hydra",
+        "omegaconf",
+    )
+
+
 def is_a_run(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for a run or runs, and not for --help, --cfg and the like."""
-    options = get_args_parser().parse_args(list(arguments))
+    """Whether a command line asks for a run or runs, and not for --help, --cfg and the like; one with unknown flags
+    does not."""
+    try:
+        with redirect_stderr(StringIO()):
+            options = get_args_parser().parse_args(list(arguments))
+    except SystemExit:
+        return False
     return not (options.help or options.hydra_help or options.cfg or options.info or options.shell_completion)
 
 
@@ -282,11 +376,11 @@ def _first_words(file: Path) -> str:
 
 
 def report(error: Exception) -> int:
-    """Print the error's one line on stderr, once, and return the exit code for it."""
+    """Print the error's one line on stderr, once, without secrets; return the exit code for it."""
     if not getattr(error, "is_told", False):
         from mathverify.records import redact
 
-        print(f"error: {redact(one_line(error))}", file=sys.stderr)
+        print(f"error: {printable(str(redact(one_line(error))))}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
     return _code_of(error)
 
@@ -308,8 +402,8 @@ def one_line(error: BaseException) -> str:
             seen.append(text)
         cause = cause.__cause__
     line = ": ".join(seen)
-    allowed = _names_beside(key) if "not in" in line else None
-    return line + (f"; {key} is not a setting, use one of: {', '.join(allowed)}" if allowed else "")
+    unknown, allowed = _names_beside(key) if "not in" in line else (key, None)
+    return line + (f"; {unknown} is not a setting, use one of: {', '.join(allowed)}" if allowed else "")
 
 
 def _fold(text: str) -> str:
@@ -331,9 +425,13 @@ def _key_in(text: str) -> str:
     return (found.group(1) or found.group(2)) if found else ""
 
 
-def _names_beside(key: str) -> list[str] | None:
-    """The settings that exist where `key` would stand; None when the place itself does not exist."""
+def _names_beside(key: str) -> tuple[str, list[str] | None]:
+    """The first part of `key` that is not a setting, and the settings that exist in its place, if any do."""
     owner: Any = RunConfig()
-    for part in key.split(".")[:-1]:
-        owner = getattr(owner, part, None)
-    return [f.name for f in fields(owner)] if is_dataclass(owner) else None
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        names = [f.name for f in fields(owner)] if is_dataclass(owner) else None
+        if names is None or part not in names:
+            return ".".join(parts[: depth + 1]), names
+        owner = getattr(owner, part)
+    return key, None

@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class CannotWrite(UserError):
+    """The disk or the permissions refuse. Whatever was under way can go on where it stands once that is mended."""
+
+
 class RunFailed(Exception):
     """A run came to nothing by itself (its loss was not finite, say); its record says why. Exit code 1."""
 

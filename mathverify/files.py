@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from mathverify.errors import UserError
+from mathverify.errors import CannotWrite
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     same folder (a rename is atomic only within a file system) and has the user's umask; the folder is synced too.
 
     Raises:
-        UserError: the disk or the permissions refuse. The temporary file is gone, and what was at `path` stands.
+        CannotWrite: the disk or the permissions refuse. The temporary file is gone, and what was at `path` stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(_why_not_written(path, error)) from error
+            raise cannot_write(path, error) from error
         raise
 
 
@@ -56,6 +56,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _why_not_written(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> CannotWrite:
+    """What stopped `path` from being written, and how to go on."""
     remedy = "free space or choose another folder, then run the same command again: it continues"
-    return f"{path}: cannot write ({error.strerror or error}): {remedy}"
+    return CannotWrite(f"{path}: cannot write ({error.strerror or error}): {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -30,16 +31,18 @@ def help_along() -> None:
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (open to the end of the process)
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     here = place()
-    with heeding_signals() as came:
-        try:
-            ranks = Joined(here, came)
+    try:
+        ranks = Joined(here)  # before signals are heeded: one ends a process whose leader never comes
+        with heeding_signals() as came:
+            ranks.heed(came)
             config: RunConfig | None = ranks.hear()
             if config is not None:
                 _help(ranks, replace(config, device=own_device(config.device, here)), came)
             ranks.leave()
-        except (UserError, RunFailed) as error:
-            sys.exit(f"error: process {here.rank}: {error}")
+    except (UserError, RunFailed) as error:
+        sys.exit(f"error: process {here.rank}: {error}")
 
 
 def _help(ranks: Joined, config: RunConfig, came: Callable[[], bool]) -> None:

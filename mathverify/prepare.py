@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from mathverify.base import load_base, load_tokenizer, model_path, resolve_devic
 from mathverify.config import DataConfig, LossKind, OptimizerKind, RunConfig
 from mathverify.engine.budget import RESERVE, adapter_bytes, plan_budget
 from mathverify.engine.kernels import use_liger
+from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel, adopt
 from mathverify.engine.passes import TokenBudget
+from mathverify.errors import UserError
 from mathverify.examples.report import DataReport, data_report, lengths
 from mathverify.examples.schema import Splits
 from mathverify.examples.sources import Loaded, cache_dir, load
@@ -82,22 +84,25 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
     The cheap checks come first: a bad tokenizer or data file is told before a large base is loaded.
 
     Args:
-        beside: configs on the same base that are to train at the same time.
+        beside: configs on the same base that are to train at the same time. What is wrong with one config alone (its
+            targets, its loss with this tokenizer) is told when that run is opened.
 
     Raises:
         UserError: anything wrong with the data, the tokenizer or the model.
     """
     resolve_device(config.device)
     tokenizer = load_tokenizer(config.model)
-    diagnosis = examine(tokenizer, config.prompt, config.train.loss)
+    together = [config, *beside]
+    diagnosis = examine(tokenizer, config.prompt, min((c.train.loss for c in together), key=list(LossKind).index))
     rows = _rows(config, tokenizer, progress)
     base = load_base(config)
     model = adopt(base)
+    _refuse_small_vocabulary(model, tokenizer, diagnosis.verdicts, rows.stores, config)
     use_liger(model)
-    at_once = _at_once(model, [config, *beside])
+    possible = _possible(model, together)
+    at_once = _at_once(model, possible)
     longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
-    together = [config, *beside][:at_once]
-    plan = plan_budget(model, _largest(together), longest, len(together))
+    plan = plan_budget(model, _largest(possible[:at_once]), longest, at_once)
     return Workbench(
         model=model,
         model_path=model_path(config.model),
@@ -109,9 +114,29 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
         data_fingerprint=rows.stores["train"].fingerprint,
         budget=TokenBudget(plan.tokens),
         plan=plan.text,
-        at_once=at_once,
+        at_once=at_once if at_once < len(possible) else len(together),
         base_scores=rows.base_scores.setdefault(repr((config.quantization, base.dtype, base.device)), {}),
     )
+
+
+def _refuse_small_vocabulary(
+    model: PackedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    verdicts: VerdictTokens,
+    stores: Mapping[str, TokenStore],
+    config: RunConfig,
+) -> None:
+    """A tokenizer may know tokens that the base has no row for, as long as the prompts have none of them."""
+    embeddings: Any = model.base.model.get_input_embeddings()
+    known = int(embeddings.weight.shape[0])
+    if len(tokenizer) <= known:
+        return
+    largest = max(verdicts.true_id, verdicts.false_id, *(store.largest for store in stores.values()))
+    if largest >= known:
+        raise UserError(
+            f"model.path = {model_path(config.model)}: the model's vocabulary has {known:,} tokens and its tokenizer "
+            f"writes token {largest:,}: give the tokenizer files that belong to the weights"
+        )
 
 
 def _rows(config: RunConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Rows:
@@ -142,6 +167,18 @@ def _marks(data: DataConfig) -> list[tuple[str, int, int]]:
 # Memory of several runs at once
 
 
+def _possible(model: PackedModel, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The configs whose targets the base has; all if none, so that planning says what is wrong."""
+
+    def is_possible(config: RunConfig) -> bool:
+        try:
+            return bool(targets(model.host.shapes, config.lora))
+        except UserError:
+            return False
+
+    return [config for config in configs if is_possible(config)] or list(configs)
+
+
 def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     """How many of the configs, in their order, fit beside each other; at least one."""
     if model.device.type != "cuda":
@@ -156,11 +193,11 @@ def _largest(configs: Sequence[RunConfig]) -> RunConfig:
     """A config that needs as much memory in every respect as any of these."""
     first = configs[0]
     rank = max(config.lora.rank for config in configs)
-    targets = max((config.lora.target_modules for config in configs), key=len)
+    modules = max((config.lora.target_modules for config in configs), key=len)
     kind = min((config.optimizer.kind for config in configs), key=list(OptimizerKind).index)  # 8-bit state is smaller
     examples = max(config.train.examples_per_step for config in configs)
     loss = max((config.train.loss for config in configs), key=list(LossKind).index)
     train = replace(first.train, batch_size=examples, grad_accumulation=1, loss=loss, max_steps=first.train.steps)
     train.max_examples = None
-    lora = replace(first.lora, rank=rank, target_modules=targets)
+    lora = replace(first.lora, rank=rank, target_modules=modules)
     return replace(first, lora=lora, train=train, optimizer=replace(first.optimizer, kind=kind))

@@ -306,7 +306,7 @@ def lock_run_folder(path: Path) -> BaseFileLock:
     """
     from filelock import FileLock, Timeout
 
-    _check_writable(path)
+    check_writable(path)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)
     try:
@@ -326,7 +326,7 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
     Raises UserError, having changed nothing, when the folder holds a different run, files of another program in
     the run's places, or cannot be written.
     """
-    _check_writable(path)
+    check_writable(path)
     record = read_record(path) if (path / RESULT).exists() else None
     if record is None:
         _refuse_foreign(path)
@@ -336,9 +336,10 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
             f"{path}: already holds another run ({_difference(record.config, to_plain(config))}): "
             "choose another run folder (hydra.run.dir=...), or delete this one"
         )
-    for leftover in path.glob(".*.tmp"):
-        if not _is_alive(leftover.suffixes):
-            leftover.unlink(missing_ok=True)
+    for folder in (path, path / CHECKPOINT, path / "adapter"):
+        for leftover in folder.glob(".*.tmp"):
+            if not _is_alive(leftover.suffixes):
+                leftover.unlink(missing_ok=True)
     if record is None:
         return FolderState.nothing
     if record.status in (Status.completed, Status.pruned):
@@ -353,7 +354,7 @@ def _is_alive(suffixes: list[str]) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Refuse a path that is a file, or whose nearest existing folder does not let us write (tried, not asked)."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir():

@@ -38,7 +38,7 @@ from mathverify.prepare import Workbench
 from mathverify.progress import Progress
 from mathverify.records import FolderState, RunRecord, Status
 from mathverify.tokens.doctor import examine
-from mathverify.tracking import Tracker, final_numbers, open_tracker
+from mathverify.tracking import Tracker, check_tracking, final_numbers, open_tracker
 
 
 class Screen:
@@ -108,7 +108,9 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench, judge: Judge = n
 
     Raises:
         UserError: the folder holds another run, or cannot be written; the base has no such linears to adapt.
+            Nothing in the folder has changed then.
     """
+    check_tracking(config)
     examine(bench.tokenizer, config.prompt, config.train.loss)
     lock = records.lock_run_folder(folder)
     run = None
@@ -129,9 +131,10 @@ def _open_locked(config: RunConfig, folder: Path, bench: Workbench, judge: Judge
     record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
     trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
-    records.write_record(folder, record)
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
+    # Before anything is written: a checkpoint of other data or another base is refused, and its record stands.
     costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
+    records.write_record(folder, record)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)
     return Run(config, folder, trial, record, tracker, identity, lock, judge, costs or {})
 

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from mathverify.engine.ranks import place
 from mathverify.printable import printable as printable
-from mathverify.records import CHECKPOINT, RunRecord, Status
+from mathverify.records import CHECKPOINT, RunRecord, Status, redact
 from mathverify.run import Run, Screen
 from mathverify.scoring import Interval, Metrics
 
@@ -58,6 +59,8 @@ class RunScreen(Screen):
         self.console.print(bench.report.render())
         base = f"{self.config.model.name} on {bench.model.device}, {self.config.quantization.kind.value} quantization"
         self._say(f"base: {base}; {bench.plan}")
+        if (size := place().size) > 1:
+            self._say(f"{size} processes share each step and each evaluation")
         self._say(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}")
 
     # Screen
@@ -131,10 +134,12 @@ class RunScreen(Screen):
         words = [word for word in sys.argv[1:] if not word.startswith("hydra.run.dir=")]
         continuing = f"{shlex.join(words)} {as_override('hydra.run.dir', self.folder)}".strip()
         saved = "the state is saved" if (self.folder / CHECKPOINT).is_dir() else "no step was taken yet"
-        self._say(f"stopped; {saved}. Continue with: python -m mathverify.train {continuing}")
+        size = place().size
+        launcher = "python" if size == 1 else f"torchrun --nproc-per-node {size}"
+        self._say(f"stopped; {saved}. Continue with: {launcher} -m mathverify.train {continuing}")
 
     def _say(self, line: str) -> None:
-        self.console.print(printable(line), markup=False)
+        self.console.print(printable(str(redact(line))), markup=False)
 
     def _put_bar_away(self) -> None:
         if self._bar is not None:
@@ -231,7 +236,7 @@ def final_table(record: RunRecord, folder: Path) -> Table:
     test, zero = metrics.test, metrics.zero_shot
 
     def row(name: str, value: str) -> None:
-        table.add_row(Text(name, style="bold"), Text(printable(value)))
+        table.add_row(Text(name, style="bold"), Text(printable(str(redact(value)))))
 
     if test is not None:
         row("accuracy", f"{share(test.accuracy)}, {test.rows:,} test rows of {test.questions:,} questions")

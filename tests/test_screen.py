@@ -15,9 +15,10 @@ from rich.console import Console
 
 from mathverify.config import RunConfig, TrainConfig
 from mathverify.engine.trial import StepReport
+from mathverify.printable import printable
 from mathverify.records import Costs, RunMetrics, RunRecord, Status
 from mathverify.scoring import measure
-from mathverify.screen import RunScreen, final_table, printable
+from mathverify.screen import SCREEN, RunScreen, TrialScreen, final_table
 
 CONFIG = RunConfig(train=TrainConfig(max_steps=35))
 
@@ -75,6 +76,28 @@ def test_on_a_terminal_the_bar_shows_step_loss_speed_and_time_left() -> None:
     text = shown(out)
     for part in ("step 20/35", "loss 0.050", "2,000 tokens/s", "left"):
         assert part in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_trials_lines_go_to_its_folder_and_a_terminal_gets_a_bar_only(terminal: bool, tmp_path: Path) -> None:
+    out = console(terminal)
+    with TrialScreen(CONFIG, tmp_path, 3, out) as own:
+        assert not (tmp_path / SCREEN).exists()  # a refused run leaves no file
+        own.phase("training")
+        own.stepped(running(20), report(20), 2000)
+        if terminal:
+            own._live._bar.refresh()  # type: ignore[union-attr]
+        own.interrupted()
+    written = (tmp_path / SCREEN).read_text()
+    assert "training ..." in written
+    assert "continue" in written
+    assert "training" not in shown(out)
+    assert ("#3  r64-a64-b4  step 20/35" in shown(out)) is terminal
+
+
+def test_a_trial_whose_folder_cannot_be_written_is_not_disturbed(tmp_path: Path) -> None:
+    with TrialScreen(CONFIG, tmp_path / "not there", 3, console(terminal=False)) as own:
+        own.phase("training")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -12,6 +12,7 @@ model.py       the base: packed tokens in, verdict scores or token losses out
 schedule.py    the learning rate of each step
 trial.py       one trial's parameters, optimizer and data order
 pack.py        one step of every trial, in passes
+ranks.py       the processes of one run under torchrun: shares, sums, and the first one's word
 loop.py        steps until every trial has ended: when to evaluate, to checkpoint, to stop
 evaluate.py    scores of adapters over a token store
 generate.py    the mission's way to a verdict, for comparison: write text, look for True or False

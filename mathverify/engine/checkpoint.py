@@ -73,8 +73,9 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _restore(trial: Trial, state: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> None:
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values() if tensor.is_floating_point())
     adapter = tensors.pop("adapter")
-    if adapter.shape != trial.adapter.flat.shape or not bool(torch.isfinite(adapter).all()):
+    if adapter.shape != trial.adapter.flat.shape or not finite:
         raise UserError(f"{where}: its adapter has the wrong size or numbers that are not finite: remove the file")
     trial.adapter.flat.data.copy_(adapter)
     trial.step, trial.examples, trial.tokens = state["step"], state["examples"], state["tokens"]

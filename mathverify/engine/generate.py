@@ -44,13 +44,23 @@ def generate_verdicts(
 
     Returns:
         int8 [rows], in the store's order.
+
+    Raises:
+        UserError: not even one row fits into memory.
     """
     verdicts = np.full(len(store), UNPARSED, dtype=np.int8)
     lengths = [int(length) + max_new_tokens for length in store.lengths]
     with _plain_attention(model), torch.no_grad(), model.host.applying([adapter], None, training=False):
         for rows in cut(lengths, budget.tokens):
-            texts = _write(model, store, rows, tokenizer, max_new_tokens)
-            verdicts[rows] = [parse(text) for text in texts]
+            own = [lengths[row] for row in rows]
+
+            def write(rows: list[int] = rows, own: list[int] = own) -> None:
+                for places in cut(own, budget.tokens):
+                    part = [rows[place] for place in places]
+                    texts = _write(model, store, part, tokenizer, max_new_tokens)
+                    verdicts[part] = [parse(text) for text in texts]
+
+            budget.until_it_fits(own, write)
             between()
     return verdicts
 

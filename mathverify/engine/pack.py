@@ -44,6 +44,7 @@ class Pack:
         """A trial leaves; the others do not notice."""
         self.trials.remove(trial)
         self.shares.pop(trial, None)
+        self._made_ready = None
 
     @property
     def running(self) -> list[Trial]:
@@ -97,7 +98,9 @@ class Pack:
         """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
         enough as long as the trials are the same; else they use copies, which each update makes stale."""
         adapters: list[Adapter | None] = [trial.adapter for trial in trials]
-        if self._made_ready is None or self.model.base.dtype is not torch.float32 or self._made_ready[0] != adapters:
+        if self.model.base.dtype is not torch.float32:
+            return self.model.ready(adapters)
+        if self._made_ready is None or self._made_ready[0] != adapters:
             self._made_ready = adapters, self.model.ready(adapters)
         return self._made_ready[1]
 
@@ -117,10 +120,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
-        totals += (
-            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
-        ).float() @ weighted.detach()
+        # Row sums, not index_add_, which on a GPU adds in whatever order its threads come. Chosen, not multiplied by
+        # zero: a trial whose loss is not a number stays the only one.
+        own = slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        totals += torch.where(own, weighted.detach(), 0.0).sum(dim=1)
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:

@@ -31,8 +31,11 @@ class TokenBudget:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                self._halve(max(lengths), sum(lengths))
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and other libraries have only words for it
+                if not is_out_of_memory(error):
+                    raise
+            # Behind the handler: the error's traceback holds on to the tensors of the pass that did not fit.
+            self._halve(max(lengths), sum(lengths))
 
     def _halve(self, longest: int, total: int) -> None:
         if min(self.tokens, total) <= longest:
@@ -44,6 +47,12 @@ class TokenBudget:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, its CPU allocator or a CUDA library says that memory ran out."""
+    words = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:

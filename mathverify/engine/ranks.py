@@ -70,19 +70,31 @@ class Score:
     bare: bool
 
 
+def share_out(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices for each of `size` processes: longest first, each to the one that has the fewest tokens so far."""
+    loads = [0] * size
+    shares: list[list[int]] = [[] for _ in range(size)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += lengths[index]
+        shares[lightest].append(index)
+    return [sorted(share) for share in shares]
+
+
 class Abandoned(Exception):
     """On a process that does not lead: the work at hand is given up, and the leader knows why."""
 
 
 class Ranks:
-    """This process and the others; this class is for one that is alone, for whom every sum is its own.
-
-    came: tells whether a signal asked this process to end.
-    """
+    """This process and the others; this class is for one that is alone, for whom every sum is its own."""
 
     rank, size = 0, 1
 
-    def __init__(self, came: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self) -> None:
+        self.heed(lambda: False)
+
+    def heed(self, came: Callable[[], bool]) -> None:
+        """came: tells whether a signal asked this process to end."""
         self._came = came
 
     def stop(self) -> bool:
@@ -129,10 +141,10 @@ class Ranks:
 class Joined(Ranks):
     """This process among others. Words and small sums go by gloo, tensors on a GPU by NCCL."""
 
-    def __init__(self, here: Place, came: Callable[[], bool]) -> None:
+    def __init__(self, here: Place) -> None:
         import torch.distributed as dist
 
-        super().__init__(came)
+        super().__init__()
         self.rank, self.size = here.rank, here.size
         self._elsewhere = self._broken = False
         if here.local_size == here.size:
@@ -159,14 +171,7 @@ class Joined(Ranks):
         return self._elsewhere or self._came()
 
     def share(self, lengths: Sequence[int]) -> list[int]:
-        loads = [0] * self.size
-        own = []
-        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            lightest = loads.index(min(loads))
-            loads[lightest] += lengths[index]
-            if lightest == self.rank:
-                own.append(index)
-        return sorted(own)
+        return share_out(lengths, self.size)[self.rank]
 
     def sum(self, work: Callable[[], NDArray[np.float64]], count: int) -> NDArray[np.float64]:
         import numpy as np
@@ -273,10 +278,13 @@ def leading(word: Any, device: str, came: Callable[[], bool]) -> Iterator[Ranks]
     """
     here = place()
     if here.size == 1:
-        yield Ranks(came)
+        alone = Ranks()
+        alone.heed(came)
+        yield alone
         return
     _refuse_impossible(here, device)
-    ranks = Joined(here, came)
+    ranks = Joined(here)
+    ranks.heed(came)
     try:
         ranks.tell(word)
         ranks.use(own_device(device, here))

@@ -20,7 +20,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         try:
             save_file(plain, temporary, metadata)
+            temporary.chmod(mode)  # as the user's umask has it; safetensors makes a file of its own for the owner only
         except SafetensorError as error:  # how safetensors spells a full disk
             raise OSError(str(error)) from error

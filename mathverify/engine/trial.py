@@ -140,7 +140,11 @@ class Trial:
         rate = learning_rate(self.config.optimizer, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except torch.OutOfMemoryError:  # its state is made in the first step
+            self.fail(f"out of memory for the optimizer's state at step {self.step + 1}: use optimizer=adamw_8bit")
+            return None
         size = self.config.train.examples_per_step
         self.step, self.examples, self.tokens = self.step + 1, self.examples + size, self.tokens + tokens
         if self.step >= self.steps:

@@ -51,9 +51,12 @@ def _load(name: str, where: str, config: DataConfig) -> Any:
     import pyarrow
 
     local = _is_local(config.path or "")
+    missing = local and not Path(config.path or "").expanduser().exists()
     path = str(Path(config.path or "").expanduser()) if local else config.path
     read = partial(datasets.load_dataset, path, split=name, revision=config.revision)
     try:
+        if missing:  # datasets would ask the hub for it, several times
+            raise FileNotFoundError(config.path)
         with _quiet(), nullcontext() if local else nobody_asked_in_vain():
             try:
                 return read()

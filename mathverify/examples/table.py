@@ -328,6 +328,7 @@ def _read_csv(path: Path, where: str, config: DataConfig) -> Iterator[RawBatch]:
     if header is None:
         raise UserError(f"{where}: has no rows: give a file with a header line and labelled rows")
     names = header[0]
+    _refuse_other_separator(names, where)
     columns = find_columns(config, names, where)
     places = {ours: names.index(theirs) for ours, theirs in columns.items()}
 
@@ -344,6 +345,12 @@ def _read_csv(path: Path, where: str, config: DataConfig) -> Iterator[RawBatch]:
             yield plain, number
 
     yield from _batched(rows(), columns, where)
+
+
+def _refuse_other_separator(names: list[str], where: str) -> None:
+    for separator, word in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        if len(names) == 1 and names[0].count(separator) >= 2:
+            raise UserError(f"{where}: its fields are separated by {word}, not by commas: save it as CSV with commas")
 
 
 def _csv_records(path: Path, where: str) -> Iterator[tuple[list[str], int]]:

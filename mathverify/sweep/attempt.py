@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.entry import TRIAL_VARIABLE
-from mathverify.errors import UserError
+from mathverify.errors import CannotWrite, UserError
 from mathverify.files import write_atomic
 from mathverify.judge import judged_by
 from mathverify.records import redact
@@ -191,6 +191,9 @@ class TrialTask:
             if Worker.this() == self.home:
                 raise
             return None
+        except CannotWrite:  # no fault of the trial's: it goes on when there is space again
+            attempt.released()
+            raise
         attempt.ended(outcome)
         if outcome.end is outcomes.End.failed:
             raise TrialFailed(outcome.reason)
@@ -214,5 +217,7 @@ class TrialTask:
             if error.code == INTERRUPTED:
                 raise
             return attempt.raised(folder, error), None
+        except CannotWrite:
+            raise
         except Exception as error:
             return attempt.raised(folder, error), None

@@ -58,7 +58,7 @@ def of_return(returned: Any, folder: Path, objective: Sequence[str], count: int,
     if pruned is not None or record.get("status") == "pruned":
         return Outcome(End.pruned, reason=pruned or record.get("reason"), facts=facts)
     if record.get("status") == "failed":
-        return failed(record.get("reason") or "the run failed", facts)
+        return failed(str(record.get("reason") or "the run failed"), facts)
     try:
         values = [_look_up(record, path) for path in objective] if objective else _numbers(returned)
         if len(values) != count:
@@ -75,7 +75,7 @@ def of_exception(error: BaseException, folder: Path) -> Outcome:
     record = read_result(folder)
     facts = facts_of(record)
     if isinstance(error, SystemExit) and record.get("status") == "failed":
-        return failed(record.get("reason") or "the run failed", facts)
+        return failed(str(record.get("reason") or "the run failed"), facts)
     text = " ".join(str(redact(str(error))).split())
     name = type(error).__name__
     reason = text if isinstance(error, UserError | RunFailed) and text else f"{name}: {text}" if text else name
@@ -111,12 +111,17 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The costs that the study's table shows."""
-    costs = record.get("costs") or {}
+    """The costs that the study's table shows, as far as the record has them."""
+    costs = _part(record, "costs")
     named = {"steps": "optimizer_steps", "examples": "examples_seen", "parameters": "trainable_parameters"}
-    facts = {name: costs[key] for name, key in named.items() if costs.get(key) is not None}
-    seconds = costs.get("seconds") or {}
-    return facts | ({"seconds": round(sum(seconds.values()), 1)} if seconds else {})
+    facts = {name: costs[key] for name, key in named.items() if isinstance(costs.get(key), int | float)}
+    seconds = [spent for spent in _part(costs, "seconds").values() if isinstance(spent, int | float)]
+    return facts | ({"seconds": round(sum(seconds), 1)} if seconds else {})
+
+
+def _part(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = tree.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _look_up(record: Mapping[str, Any], path: str) -> float:

@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.files import write_atomic
+from mathverify.printable import printable
 from mathverify.records import redact
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.proposals import is_failure, is_infeasible
@@ -27,8 +28,8 @@ RESULTS = "optimization_results.yaml"
 
 
 def say(text: str) -> None:
-    """One line or several to stdout, at once, without secrets."""
-    print(redact(text), flush=True)
+    """One line or several to stdout, at once, without secrets and without what a terminal would obey."""
+    print("\n".join(map(printable, str(redact(text)).split("\n"))), flush=True)
 
 
 def plan(session: Session, composer: Composer, validated: int) -> str:
@@ -55,7 +56,7 @@ def plan(session: Session, composer: Composer, validated: int) -> str:
         f"repeated points: {settings.duplicates.value}",
         f"budget    {session.budget} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
         *_examples_line(composer.examples),
-        f"cost      {_cost(session, _total(session) - done)}",
+        f"cost      {_cost(session)}",
         *(f"note      {line}" for line in left_out(settings)),
     ]
     return "\n".join(lines)
@@ -74,12 +75,28 @@ def _examples_line(examples: set[int]) -> list[str]:
     return [f"examples  {text}"]
 
 
-def _cost(session: Session, left: int) -> str:
-    seconds = [s for t in session.trials() if (s := _seconds(t)) is not None]
-    if not seconds:
+def _cost(session: Session) -> str:
+    found = _estimate(session)
+    if found is None:
         return "known after the first trial"
+    each, rest, left = found
+    return f"{_duration(each)} a trial so far; {_duration(rest)} for the {left} left"
+
+
+def _estimate(session: Session) -> tuple[float, float, int] | None:
+    """Median seconds of a trial, seconds for the rest of the study, and how many trials are left; None if none ended.
+
+    Of a trial that runs, the part that its last validation shows as done is not counted again.
+    """
+    trials = [t for t in session.trials() if counts(t)]
+    seconds = [s for t in trials if (s := _seconds(t)) is not None]
+    if not seconds:
+        return None
+    left = max(_total(session) - sum(t.state.is_finished() for t in trials), 0)
+    steps = max((steps_of(t) or 0 for t in trials), default=0)
+    begun = sum((t.last_step or 0) / steps for t in trials if steps and not t.state.is_finished())
     each = statistics.median(seconds)
-    return f"{_duration(each)} a trial so far; {_duration(each * left / session.settings.n_jobs)} for the {left} left"
+    return each, each * max(left - begun, 0.0) / session.lanes, left
 
 
 def _total(session: Session) -> int:
@@ -96,7 +113,7 @@ def trial_lines(session: Session, trial: FrozenTrial) -> str:
     done = [t for t in session.trials() if counts(t) and t.state.is_finished()]
     left = _total(session) - len(done)
     if len(done) == 1 and left > 0 and _seconds(trial) is not None:
-        line += f"\ncost      {_cost(session, left)}"
+        line += f"\ncost      {_cost(session)}"
     return line
 
 
@@ -116,15 +133,10 @@ def trial_line(session: Session, trial: FrozenTrial) -> str:
         parts.append(f"| best {values_text(best[0])} (#{best[0].number})")
     done = sum(t.state.is_finished() for t in trials)
     total = _total(session)
-    parts.append(f"| {done}/{total} done" + _left(session, trials, max(total - done, 0)))
+    found = _estimate(session)
+    rest = f", about {_duration(found[1])} left" if found is not None and found[2] else ""
+    parts.append(f"| {done}/{total} done{rest}")
     return "  ".join(parts)
-
-
-def _left(session: Session, trials: Sequence[FrozenTrial], left: int) -> str:
-    seconds = [s for t in trials if (s := _seconds(t)) is not None]
-    if not seconds or left == 0:
-        return ""
-    return f", about {_duration(statistics.median(seconds) * left / session.settings.n_jobs)} left"
 
 
 def table(session: Session) -> str:
@@ -247,7 +259,9 @@ def continuing_command() -> str:
     """The command line that was given, which also continues the study; without passwords."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     start = ["python", "-m", spec.name] if spec is not None and spec.name else ["python", sys.argv[0]]
-    return str(redact(shlex.join([*start, *sys.argv[1:]])))
+    command = shlex.join([*start, *sys.argv[1:]])
+    safe = str(redact(command))
+    return safe if safe == command else f"{safe} (with the password in place of what is redacted)"
 
 
 # Parts of lines

@@ -23,6 +23,7 @@ from mathverify.errors import UserError
 from mathverify.sweep.plugin import PRUNERS, SAMPLERS
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Space
+from mathverify.sweep.targets import check_targets
 
 NEEDS = {"CmaEsSampler": "cmaes", "GPSampler": "scipy", "QMCSampler": "scipy", "WilcoxonPruner": "scipy"}
 GONE = {"optuna.samplers.MOTPESampler": "optuna.samplers.TPESampler"}
@@ -85,6 +86,7 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
     Raises:
         UserError: unknown target, missing package, unknown or bad argument, or a grid over a continuous dimension.
     """
+    check_targets(settings.sampler, "hydra.sweeper.sampler")
     target, arguments, _ = _arguments(settings.sampler, "sampler")
     if target.endswith(".GridSampler"):
         if settings.custom_search_space is not None:
@@ -110,6 +112,7 @@ def make_pruner(settings: Settings) -> BasePruner:
     """
     if settings.pruner is None:
         return NopPruner()
+    check_targets(settings.pruner, "hydra.sweeper.pruner")
     target, arguments, _ = _arguments(settings.pruner, "pruner")
     pruner: BasePruner = _instantiate(target, arguments, "hydra.sweeper.pruner")
     return pruner

@@ -25,13 +25,18 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mathverify.errors import UserError
+from mathverify.files import cannot_write
 from mathverify.records import REDACTED, redact
+from mathverify.sweep.targets import check_targets
 
 JOURNAL = "study.journal"
 STORAGE_VARIABLE = "MATHVERIFY_STORAGE"
 """Environment variable that carries a storage URL with a password to jobs, so that it is in no file and no override."""
-PASSWORD_VARIABLE = f"{STORAGE_VARIABLE}_PASSWORD"
-"""The password alone, by a name that `redact` takes for a secret's."""
+PASSWORD_VARIABLE, PLAIN_VARIABLE = f"{STORAGE_VARIABLE}_PASSWORD", f"{STORAGE_VARIABLE}_PLAIN_PASSWORD"
+"""The password alone, as the URL has it and without its escapes, by names that `redact` takes for a secret's."""
+
+LOCK_SECONDS = 120.0
+"""Longest wait for a lock that is held for milliseconds, or for as long as a sampler proposes."""
 
 T = TypeVar("T")
 
@@ -44,9 +49,7 @@ class FlockJournalLock(JournalFileOpenLock):
         self._handle: int | None = None
 
     def acquire(self) -> bool:
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        self._handle = handle
+        self._handle = _locked(self._path)
         return True
 
     def release(self) -> None:
@@ -70,12 +73,15 @@ class Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with self._guarded():
-            self._mend()
-            with self._path.open("ab") as file:
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            with self._guarded():
+                self._mend()
+                with self._path.open("ab") as file:
+                    file.write(lines.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -113,10 +119,14 @@ def open_storage(storage: str | dict[str, Any] | None, folder: Path, patient: bo
     if isinstance(storage, str) and storage.startswith("journal://"):
         return JournalStudy(Path(storage.removeprefix("journal://")))
     try:
+        url = storage
         if isinstance(storage, dict):
-            opened: BaseStorage = instantiate(storage)
-            return opened
-        return open_database(storage) if not patient else patiently(lambda: open_database(storage))
+            check_targets(storage, "hydra.sweeper.storage")
+            if storage.keys() != {"_target_", "url"} or storage["_target_"] != "optuna.storages.RDBStorage":
+                opened: BaseStorage = instantiate(storage)  # with settings of its own: its own way with restarts too
+                return opened
+            url = storage["url"]
+        return open_database(str(url)) if not patient else patiently(lambda: open_database(str(url)))
     except UserError:
         raise
     except Exception as error:
@@ -161,8 +171,44 @@ class JournalStudy(JournalStorage):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        super().__init__(Journal(path))
+        _refuse_foreign(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            super().__init__(Journal(path))
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be opened as a study's journal ({error.strerror or error}): use another folder "
+                "(hydra.sweep.dir=...), or mend its permissions"
+            ) from None
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Before anything is written: a journal has one JSON object with an op_code a line. A torn last line is mended."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a study's journal: choose another folder (hydra.sweep.dir=...)")
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not _is_entry(line) and not _is_torn(line):
+                raise UserError(
+                    f"{path}: line {number} is not of a study's journal: it is damaged or another program's; "
+                    "remove the line, or choose another folder (hydra.sweep.dir=...)"
+                )
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and "op_code" in entry
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of an entry."""
+    begins = b'{"op_code":'
+    return not line.endswith(b"\n") and (line.startswith(begins) or begins.startswith(line))
 
 
 def shown(storage: str | dict[str, Any] | None) -> str:
@@ -184,13 +230,15 @@ def hide_password(storage: str | dict[str, Any] | None) -> bool:
 
     From then on `redact` knows the password by itself, wherever it turns up.
     """
+    for name in (STORAGE_VARIABLE, PASSWORD_VARIABLE, PLAIN_VARIABLE):  # of an earlier sweep of this process
+        os.environ.pop(name, None)
     if storage is None or shown(storage) == str(storage):
         return False
     os.environ[STORAGE_VARIABLE] = storage if isinstance(storage, str) else json.dumps(storage)
     written = _password(storage if isinstance(storage, str) else str(storage.get("url", "")))
     if written is not None:
         os.environ[PASSWORD_VARIABLE] = written
-        os.environ[f"{STORAGE_VARIABLE}_PLAIN_PASSWORD"] = unquote(written)
+        os.environ[PLAIN_VARIABLE] = unquote(written)
     return True
 
 
@@ -335,7 +383,7 @@ def patiently(work: Callable[[], T]) -> T:
                     f"the study's database does not answer ({_reason(error)}): see that it runs and can be reached, "
                     "then give the same command again, which continues"
                 ) from None
-            if pause > 1:
+            if 1 < pause < 2:  # once; shorter ones are not worth a word
                 print(f"waiting for the study's database: {_reason(error)}", flush=True)
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, 10.0)
@@ -358,7 +406,7 @@ def is_outage(error: BaseException | None) -> bool:
 
 _REFUSAL = re.compile(
     r"authentication failed|no password supplied|no pg_hba.conf entry|permission denied|no such (table|column)"
-    r"|(database|role) \"[^\"]*\" does not exist|could not translate host name|unable to open database file"
+    r"|(database|role) \"[^\"]*\" does not exist|unable to open database file"
 )
 
 
@@ -377,8 +425,9 @@ def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T
     """Run `section` while no other worker of study `name` is in one: to propose, take over or tell a trial.
 
     On PostgreSQL the lock is the database's (an advisory one, so that machines need share nothing else), else a file
-    beside the study's. Both are let go when the holder dies. If the database goes away in the middle, the section is
-    run anew from its beginning under a fresh lock, so it must look at the study before it changes anything.
+    beside the study's. Both are let go when the holder dies. One that is suspended is cut off by the database; a file's
+    lock it keeps until it goes on. If the database goes away in the middle, the section is run anew from its beginning
+    under a fresh lock, so it must look at the study before it changes anything.
     """
     if isinstance(storage, RDBStorage) and storage.engine.dialect.name == "postgresql":
         return patiently(lambda: _alone_in_postgres(storage, name, section))
@@ -390,12 +439,33 @@ def alone(storage: BaseStorage, name: str, folder: Path, section: Callable[[], T
 def _holding(path: Path) -> Iterator[None]:
     """Exclusively, until the block or the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = _locked(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(path: Path) -> int:
+    """An open handle that holds the lock on `path`; closing it, or dying, gives the lock back.
+
+    Raises:
+        UserError: somebody has held it for LOCK_SECONDS, which no working process does.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise UserError(
+                    f"{path}: has been locked by another process for {LOCK_SECONDS:g} s: "
+                    "see whether a worker of this study is stopped or hangs, and end it"
+                ) from None
+        time.sleep(0.005)
 
 
 def _alone_in_postgres(storage: RDBStorage, name: str, section: Callable[[], T]) -> T:

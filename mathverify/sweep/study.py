@@ -23,7 +23,7 @@ from mathverify.records import RESULT, redact
 from mathverify.sweep.samplers import make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
 from mathverify.sweep.space import Dimension, Space
-from mathverify.sweep.storage import alone, existing_storage, open_storage, shown
+from mathverify.sweep.storage import JOURNAL, alone, existing_storage, open_storage, shown
 
 T = TypeVar("T")
 
@@ -52,7 +52,10 @@ class StudyFacts:
 
 @dataclass
 class Session:
-    """An open study with everything that proposing, running and telling its trials needs."""
+    """An open study with everything that proposing, running and telling its trials needs.
+
+    lanes: how many trials take time side by side; the runs of a pack share it, each counting its own part.
+    """
 
     settings: Settings
     study: optuna.Study
@@ -61,6 +64,7 @@ class Session:
     folder: Path
     space: Space
     facts: StudyFacts
+    lanes: int = 1
 
     @property
     def directions(self) -> list[str]:
@@ -115,6 +119,8 @@ def open_session(
     name = study_name(settings, folder)
     folder = folder.absolute()  # jobs may change the current folder
     sampler, pruner = make_sampler(settings, space), make_pruner(settings)
+    if settings.storage is None and not (folder / JOURNAL).exists():
+        _refuse_foreign(folder, None)  # before a journal is made there
     storage = open_storage(settings.storage, folder)
     ours = _facts(settings, space, directions, base, folder)
 

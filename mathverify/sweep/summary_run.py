@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from typing import Any
 
 import optuna
@@ -171,7 +172,9 @@ def best_so_far_of(session: Session) -> Plot | None:
 def importance_of(session: Session) -> Plot | None:
     """Optuna's estimate of how much of the spread each searched setting explains; None when it cannot tell."""
     try:
-        found = optuna.importance.get_param_importances(session.study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it says of few trials is nothing that a user could mend
+            found = optuna.importance.get_param_importances(session.study)
     except Exception:  # too few trials, one value for all, nothing but conditional settings: it has many words for no
         return None
     rows: list[Row] = [[flat_name(key), value] for key, value in found.items() if math.isfinite(value)]

@@ -24,13 +24,14 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
-from mathverify.errors import UserError
+from mathverify.errors import CannotWrite, UserError
 from mathverify.files import write_atomic
 from mathverify.records import redact
 from mathverify.sweep import report
 from mathverify.sweep.attempt import TrialTask, remember
 from mathverify.sweep.composer import Composer
 from mathverify.sweep.liveness import Heart, Worker
+from mathverify.sweep.plugin import PACK_TARGET
 from mathverify.sweep.proposals import Job, Nothing, Proposer, is_failure
 from mathverify.sweep.settings import Settings, read_settings
 from mathverify.sweep.space import Space, parse_space, quoted
@@ -78,6 +79,7 @@ def sweep(
     validated = 0 if is_worker() else composer.preflight()
     launcher = _launcher(context, task, config)  # before anything is made: it refuses settings of its own
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
+    session.lanes = _lanes(settings, config)
     remember(session)
     if not is_worker():
         _write_multirun(config, session.folder)
@@ -102,6 +104,7 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
     validated = composer.preflight()
     folder = study_folder(settings, config)
     session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
+    session.lanes = _lanes(settings, config)
     report.say(report.plan(session, composer, validated))
     report.say("dry run: nothing was started (hydra.sweeper.dry_run=true)")
 
@@ -130,6 +133,11 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
     return Plugins.instance().instantiate_launcher(
         config=config, hydra_context=context, task_function=TrialTask(task, Worker.this())
     )
+
+
+def _lanes(settings: Settings, config: DictConfig) -> int:
+    """How many trials take their seconds at the same time."""
+    return 1 if config.hydra.launcher.get("_target_") == PACK_TARGET else settings.n_jobs
 
 
 def _run_all(proposer: Proposer, launcher: Launcher, config: DictConfig) -> None:
@@ -198,6 +206,8 @@ def _launch(proposer: Proposer, launcher: Any, jobs: Sequence[Job]) -> None:
         own = None
         if place < len(returns) and returns[place].status is JobStatus.FAILED:
             failure = returns[place]._return_value
+            if isinstance(failure, CannotWrite):
+                raise failure
             own = f"{type(failure).__name__}: {' '.join(str(redact(str(failure))).split())[:300]}"
         proposer.settle(job, own)
 

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, open_dict
 
 from mathverify import entry
 from mathverify.config import RunConfig
+from mathverify.errors import CannotWrite
 from mathverify.judge import Judge, nobody
 from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
 from mathverify.sweep.grouping import base_key
-from mathverify.sweep.lease import leased_device
 from mathverify.sweep.outcome import End
 
 
@@ -98,13 +98,18 @@ class Ticket:
             attempt.claim()
             self.attempt = attempt
             (self.folder / ERROR_FILE).unlink(missing_ok=True)
-            if attempt.session.settings.lease_devices:
-                leased_device(config)
         self.config = entry.to_run_config(config)
 
     def end(self, value: float | None = None, error: Exception | None = None) -> None:
-        """The run is over: it came to `value`, or broke with `error`."""
+        """The run is over: it came to `value`, or broke with `error`.
+
+        Raises:
+            CannotWrite: `error` is one, and the trial of a study: the sweep cannot go on, the trial can.
+        """
         assert self.job is not None
+        if isinstance(error, CannotWrite) and self.attempt is not None:
+            self.attempt.released()  # no fault of the trial's: it goes on when there is space again
+            raise error
         self.job.return_value, self.job.status = value, JobStatus.COMPLETED
         if error is not None:
             entry.refuse(self.folder, error, is_trial=self.attempt is not None)

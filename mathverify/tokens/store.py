@@ -56,6 +56,11 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def largest(self) -> int:
+        """The largest token id, -1 without any; reads all of them."""
+        return int(self._ids.max(initial=-1))
+
     def ids(self, row: int) -> np.ndarray:
         """Token ids of one prompt, BOS included, verdict not: int32 [lengths[row]], read-only, not copied."""
         if not 0 <= row < len(self.lengths):

@@ -8,6 +8,14 @@ W&B is told things are called. W&B may be slow, broken or absent: training never
 from mathverify.tracking.local import METRICS, Tracker
 from mathverify.tracking.mirror import uploads_in_background
 from mathverify.tracking.vocabulary import final_numbers
-from mathverify.tracking.wandb_tracker import WandbTracker, open_tracker
+from mathverify.tracking.wandb_tracker import WandbTracker, check_tracking, open_tracker
 
-__all__ = ["METRICS", "Tracker", "WandbTracker", "final_numbers", "open_tracker", "uploads_in_background"]
+__all__ = [
+    "METRICS",
+    "Tracker",
+    "WandbTracker",
+    "check_tracking",
+    "final_numbers",
+    "open_tracker",
+    "uploads_in_background",
+]

@@ -13,8 +13,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from mathverify.errors import UserError
-from mathverify.files import write_atomic
+from mathverify.files import cannot_write, write_atomic
 from mathverify.records import Predictions, Status
 
 METRICS = "metrics.jsonl"
@@ -35,7 +34,7 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Write one line: step, time (Unix seconds) and the values; what is not finite is written as null.
 
-        step: of the optimizer, never falling. Raises UserError when the disk refuses, ValueError after `finish`.
+        step: of the optimizer, never falling. Raises CannotWrite when the disk refuses, ValueError after `finish`.
         """
         if self._file is None:
             raise ValueError("log() after finish()")
@@ -44,9 +43,7 @@ class Tracker:
             self._file.write(line + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(
-                f"{self._path}: cannot write ({error.strerror}): free space and run the same command again: it goes on"
-            ) from error
+            raise cannot_write(self._path, error) from error
 
     def summarize(self, values: Mapping[str, Value | str]) -> None:
         """Final numbers of the run, e.g. test metrics; result.json is their home on disk."""

@@ -70,8 +70,9 @@ class Mirror:
         self._actions: queue.SimpleQueue[Callable[[Any], object] | Status] = queue.SimpleQueue()
         self._status: Status | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-        self._before = _Live.enter(self)
-        self._thread.start()
+        with _Live.lock:
+            self._before = _Live.enter(self)
+            self._thread.start()
 
     def send(self, action: Callable[[Any], object]) -> None:
         """Have the thread do something with the W&B run, in turn. Returns at once."""
@@ -99,7 +100,7 @@ class Mirror:
                 action(run)
         with outages_become_one_warning(self._folder):
             run.summary["status"] = action.value
-            run.tags = (*self._card.tags, action.value)
+            run.tags = tuple(dict.fromkeys((*self._card.tags, action.value)))
             self._finish(run, action)
 
     def _finish(self, run: Any, status: Status) -> None:
@@ -159,7 +160,7 @@ _starting = threading.Lock()
 
 
 class _Live:
-    """The mirrors of this process whose thread has not been seen to end, and whether ends are awaited together."""
+    """The mirrors of this process that may be at work, and whether their ends are awaited together."""
 
     mirrors: list[Mirror] = []  # noqa: RUF012 - one list for the process
     depth = 0
@@ -170,6 +171,7 @@ class _Live:
     def enter(cls, mirror: Mirror) -> Mirror | None:
         """Count one in; returns an earlier one of the same W&B run that may not be done yet."""
         with cls.lock:
+            cls.mirrors = [other for other in cls.mirrors if other._thread.is_alive()]
             before = [other for other in cls.mirrors if other._id == mirror._id]
             cls.mirrors.append(mirror)
         return before[-1] if before else None

@@ -106,6 +106,12 @@ def open_tracker(
     )
 
 
+def check_tracking(config: RunConfig) -> None:
+    """Raise, before anything is written, the UserError of `open_tracker`: tracking.mode=online without a key."""
+    if config.tracking.kind is TrackingKind.wandb and not is_disabled():
+        goes_online(config.tracking.mode)
+
+
 def _define_metrics(run: Any) -> None:
     run.define_metric(STEP, hidden=True)
     for name, summary in DEFINITIONS:

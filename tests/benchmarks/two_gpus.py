@@ -38,7 +38,7 @@ PACKS = "two packs of 8 trials of batch 4"
 def new_pack(model: PackedModel, configs: list[RunConfig], rows: Workload, ranks: Ranks) -> Pack:
     clean()
     plan = plan_budget(model, configs[0], int(rows.lengths.max()), len(configs))
-    print(f"    process {ranks.rank}: {plan.text}", file=sys.stderr, flush=True)
+    print(f"    process {place().rank}: {plan.text}", file=sys.stderr, flush=True)
     pack = Pack(model, TokenBudget(plan.tokens), ranks)
     for own in configs:
         pack.add(Trial.start(own, rows, VERDICTS, model))  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def work(options: argparse.Namespace) -> None:
     here = place()
     ranks: Ranks = Ranks()
     if here.size > 1:
-        ranks = Joined(here, lambda: False)
+        ranks = Joined(here)
         ranks.use(device())
     rows = Workload(400 if options.tiny else 2000, 512 if options.tiny else 128256)
     model = base(options.tiny, QuantizationKind.nf4)
@@ -113,6 +113,8 @@ def work(options: argparse.Namespace) -> None:
     if ranks.rank == 0:
         (options.out / f"processes_{here.size}.json").write_text(json.dumps(found))
     if isinstance(ranks, Joined):
+        if ranks.rank > 0:
+            ranks.hear()  # that it is over
         ranks.leave()
 
 
@@ -120,7 +122,15 @@ def started(options: argparse.Namespace, processes: int) -> dict[str, Any]:
     """The measurements of so many processes, one a GPU."""
     launch = [sys.executable, "-m"]
     if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        launch += [
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+        ]
     own = ["tests.benchmarks.two_gpus", "--work", "--out", str(options.out), "--steps", str(options.steps)]
     start = time.perf_counter()
     subprocess.run([*launch, *own, *(["--tiny"] if options.tiny else [])], check=True, timeout=options.timeout)

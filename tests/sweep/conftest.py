@@ -96,7 +96,7 @@ class Program:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def sweep(self, *overrides: str, code: int = 0, seconds: float = 60) -> str:
+    def sweep(self, *overrides: str, code: int = 0, seconds: float = 180) -> str:
         """Sweep to the end; what it printed."""
         process = self.start(*overrides)
         out, err = process.communicate(timeout=seconds)
@@ -107,7 +107,7 @@ class Program:
         """Run the program with -m and nothing of ours added; what it printed."""
         done = subprocess.run(
             [sys.executable, "app.py", "-m", *overrides],
-            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=60,
+            cwd=self.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=180,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -117,7 +117,7 @@ class Program:
         """(job number, x, y) of every call so far."""
         file = self.folder / "calls.txt"
         rows = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-        return [(int(number), float(x), y) for number, x, y, _ in rows]
+        return [(int(number), float(x), y) for number, x, y, *_ in rows]
 
     @property
     def devices(self) -> list[str]:

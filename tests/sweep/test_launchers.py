@@ -137,16 +137,14 @@ def test_a_launcher_that_starts_nothing_stops_the_sweep_and_loses_no_trial(progr
 def record_devices(program: Program) -> None:
     """Let the program write down what it may see, and when it began and ended."""
     app = program.folder / "app.py"
-    text = app.read_text()
-    seen = 'file.write(f"{HydraConfig.get().job.num} {config.x} {config.y}\\n")'
-    assert seen in text
-    text = text.replace(
-        "    time.sleep(config.seconds)\n",
-        "    begin = time.time()\n    time.sleep(config.seconds)\n"
+    sleeping = "    time.sleep(config.seconds)\n"
+    assert sleeping in app.read_text()
+    recording = (
+        f"    begin = time.time()\n{sleeping}"
         '    with open("devices.txt", "a") as file:\n'
-        "        file.write(f\"{os.environ.get('CUDA_VISIBLE_DEVICES')} {begin} {time.time()}\\n\")\n",
+        "        file.write(f\"{os.environ.get('CUDA_VISIBLE_DEVICES')} {begin} {time.time()}\\n\")\n"
     )
-    app.write_text(text)
+    app.write_text(app.read_text().replace(sleeping, recording))
 
 
 def check_devices(program: Program, count: int) -> None:

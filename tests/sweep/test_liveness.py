@@ -8,12 +8,14 @@ import signal
 import subprocess
 from typing import IO
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
 from mathverify.sweep.liveness import Watch, Worker
+from mathverify.sweep.storage import open_storage
 
-from ..services import wait_until
+from ..services import Postgres, wait_until
 from .conftest import Program
 
 HERE = Worker.this()
@@ -108,9 +110,10 @@ def begun(program: Program, count: int) -> None:
     wait_until(lambda: len(program.calls) >= count, f"{count} trials have begun", poll=0.02)
 
 
-def finder(program: Program) -> str:
+def finder(program: Program, storage: str | None = None) -> str:
     """The machine whose value the study has."""
-    (trial,) = program.trials()
+    opened = open_storage(storage, program.folder / "multirun/s")
+    (trial,) = optuna.load_study(study_name="s", storage=opened).trials
     assert trial.state is TrialState.COMPLETE
     by_a = trial.params["x"] ** 2 + trial.params["y"]
     assert trial.value is not None
@@ -141,16 +144,20 @@ def test_a_trial_of_a_dead_worker_on_another_machine_is_taken_over(two_machines:
     assert finder(two_machines) == "b"
 
 
-@pytest.mark.slow
-def test_a_worker_that_was_suspended_and_robbed_tells_nothing(two_machines: Program) -> None:
-    """As under Slurm's preemption by suspension: it wakes up, finishes, and finds that its trial is another's."""
-    first = on("a", two_machines, "seconds=3")
+@pytest.mark.long
+def test_a_worker_that_was_suspended_and_robbed_tells_nothing(two_machines: Program, postgres: Postgres) -> None:
+    """As under Slurm's preemption by suspension: it wakes up, finishes, and finds that its trial is another's.
+
+    In a database, since a suspended process keeps a file's lock, which it may just have for its beat.
+    """
+    storage = f"hydra.sweeper.storage={(url := postgres.database())}"
+    first = on("a", two_machines, "seconds=3", storage)
     begun(two_machines, 1)
     first.send_signal(signal.SIGSTOP)
-    second = on("b", two_machines, "seconds=3")
+    second = on("b", two_machines, "seconds=3", storage)
     begun(two_machines, 2)
     first.send_signal(signal.SIGCONT)
     ended(first)
     ended(second)
     assert len(two_machines.calls) == 2
-    assert finder(two_machines) == "b"
+    assert finder(two_machines, url) == "b"

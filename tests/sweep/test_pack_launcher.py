@@ -23,6 +23,7 @@ from mathverify.config import RunConfig
 from mathverify.engine.pack import Pack
 from mathverify.errors import UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
+from mathverify.screen import SCREEN
 from mathverify.sweep.grouping import by_base, difference
 from mathverify.sweep.storage import open_storage
 from mathverify.train import task, train_one
@@ -319,31 +320,29 @@ def rows(folder: Path) -> list[Row]:
 
 
 def test_one_at_a_time_a_study_decides_as_with_the_basic_launcher(cli: Cli, tmp_path: Path) -> None:
-    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=basic")
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=pack")
+    cli(*STUDY, "hydra/launcher=basic", "hydra.sweeper.n_trials=4", "hydra.sweep.dir=basic")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=4", "hydra.sweep.dir=pack")
     assert rows(tmp_path / "pack") == rows(tmp_path / "basic")
     assert {state for _, state, *_ in rows(tmp_path / "pack")} >= {"COMPLETE"}
 
 
 def test_several_at_once_a_study_with_a_seed_comes_out_the_same_again(cli: Cli, tmp_path: Path) -> None:
-    first = cli(
-        *STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a"
-    )
-    assert re.search(r"together on it: runs \d+, \d+, \d+\n", first)
-    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=a")
+    assert re.search(r"together on it: runs \d+, \d+, \d+\n", (tmp_path / "a" / SCREEN).read_text())
+    cli(*STUDY, "hydra/launcher=pack", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=3", "hydra.sweep.dir=b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 5
+    assert sum(state in ("COMPLETE", "PRUNED") for _, state, *_ in rows(tmp_path / "a")) == 4
 
 
 def test_a_study_over_several_bases_keeps_its_places_full(cli: Cli, tmp_path: Path) -> None:
-    out = cli(
+    cli(
         "-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.study_name=s",
-        "hydra.sweeper.sampler.seed=1", "hydra/launcher=pack", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=8",
-        "hydra.sweeper.direction=maximize", "prompt=choice(answer_only,with_solution)", "seed=choice(1,2,3,4)",
+        "hydra.sweeper.sampler.seed=1", "hydra/launcher=pack", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6",
+        "hydra.sweeper.direction=maximize", "prompt=choice(answer_only,with_solution)", "seed=choice(1,2,3)",
         "hydra.sweep.dir=study", "train.max_steps=2",
     )  # fmt: skip
-    assert "waits for the next pack: prompt.with_solution is" in out
-    assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 8
+    assert "waits for the next pack: prompt.with_solution is" in (tmp_path / "study" / SCREEN).read_text()
+    assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 6
 
 
 def test_a_failed_trial_is_told_with_its_reason_and_its_place_is_taken(cli: Cli, tmp_path: Path) -> None:
@@ -378,6 +377,23 @@ def test_each_run_has_a_tracker_of_its_own_in_one_process(cli: Cli, tmp_path: Pa
     cli(*PACK, "seed=1,2,3", "tracking=wandb", "tracking.mode=offline", "train.max_steps=2")
     names = {file.name for n in "012" for file in (tmp_path / "grid" / n).rglob("run-*.wandb")}
     assert len(names) == 3
+
+
+def test_a_pack_leases_one_device_for_all_its_runs(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mathverify.sweep import lease
+
+    monkeypatch.setenv(lease.DEVICES_VARIABLE, "fake-0,fake-1")
+    monkeypatch.setenv(lease.VISIBLE, "")
+    monkeypatch.setenv("MATHVERIFY_LEASES", str(tmp_path / "leases"))
+    monkeypatch.setattr(lease, "_held", None)
+    cli(
+        "-m", "sweep=rank_grid", "hydra.sweeper.study_name=s", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=study",
+        "train.max_steps=2",
+    )  # fmt: skip
+    assert os.environ[lease.VISIBLE] == "fake-0"
+    assert [file.name for file in (tmp_path / "leases").iterdir()] == ["fake-0.lease"]
+    lease.give_device_back()
+    assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 2
 
 
 # Ends that nobody planned
@@ -428,7 +444,7 @@ def test_a_grid_that_was_cut_off_continues_to_the_same_ends(
 @pytest.mark.slow
 def test_a_study_that_was_stopped_gives_all_its_trials_back(tmp_path: Path, cache: Path) -> None:
     arguments = [
-        "-m", "sweep=rank_grid", *SMALL, "train.max_steps=60", "train.checkpoint_every=5", "hydra.sweeper.n_jobs=3",
+        "-m", "sweep=rank_grid", *SMALL, "train.max_steps=30", "train.checkpoint_every=5", "hydra.sweeper.n_jobs=3",
         "hydra.sweeper.n_trials=4", f"data.cache_dir='{cache}'", "hydra.sweep.dir=study",
         "hydra.sweeper.study_name=s",
     ]  # fmt: skip
@@ -443,4 +459,5 @@ def test_a_study_that_was_stopped_gives_all_its_trials_back(tmp_path: Path, cach
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 4
-    assert len(re.findall(r"run [012] \(.*\): step \d+/60", out)) == 3
+    words = (tmp_path / "study" / SCREEN).read_text()
+    assert len(re.findall(r"run [012] \(.*\): step \d+/30", words)) == 3

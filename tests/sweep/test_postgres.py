@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
+from mathverify.records import read_record
 from mathverify.sweep import attempt as attempts
 from mathverify.sweep import storage as storages
 from mathverify.sweep.outcome import End, Outcome
@@ -28,6 +30,7 @@ from mathverify.sweep.study import open_existing
 from ..services import PASSWORD, Postgres, postgres_server, wait_until, with_password
 from .conftest import Program, Sweep, small
 
+ROOT = Path(__file__).parents[2]
 SPACE = ["x=interval(-5,5)", "y=choice(1,2,3)", "hydra/sweeper/sampler=random"]
 
 
@@ -145,6 +148,39 @@ def test_a_worker_that_loses_the_lock_writes_nothing_more(postgres: Postgres, tm
     assert alone(storage, "s", tmp_path, section) == 2
     assert study.user_attrs == {"before": 1}
     assert len(study.trials) == 1
+
+
+CUTTING = """
+import os, psycopg
+from mathverify.sweep import study
+plain, cut = study.Session.mark, []
+
+def mark(self, trial, **marks):
+    for key, value in marks.items():
+        if key == os.environ["CUT_AT"] and trial.number == 1 and not cut:
+            cut.append(key)
+            with psycopg.connect(os.environ["STUDY_URL"]) as connection:
+                connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+            print("cut at", key, flush=True)
+        plain(self, trial, **{key: value})
+
+study.Session.mark = mark
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("at", ["job", "owner", "attempt", "claimed", "outcome"])
+def test_wherever_a_section_is_cut_it_begins_anew_and_every_trial_runs_once(
+    program: Program, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Half a proposal is no trial of anybody's: neither waited for, nor run twice."""
+    monkeypatch.setenv("STUDY_URL", url := postgres.database())
+    monkeypatch.setenv("CUT_AT", at)
+    app = program.folder / "app.py"
+    app.write_text(CUTTING + app.read_text())
+    out = program.sweep(*SPACE, "hydra.sweeper.storage='${oc.env:STUDY_URL}'", "hydra.sweeper.n_trials=3")
+    assert f"cut at {at}" in out
+    check_each_once(program, trials_in(url, program), 3, cut_short=0)
 
 
 @pytest.mark.long
@@ -281,6 +317,37 @@ def test_a_sweep_can_be_interrupted_while_its_database_is_away(program: Program,
     check_each_once(program, trials_in(url, program), 4, cut_short=1)
 
 
+@pytest.mark.long
+def test_two_packs_on_one_study_one_of_them_killed(postgres: Postgres, tmp_path: Path) -> None:
+    """mathverify.train's own runs, two at once in each of two processes; what the dead one had is continued."""
+    url = postgres.database()
+    words = small(
+        "lora=choice(r4,r16)", "seed=choice(1,2,3)", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid",
+        "hydra/launcher=pack", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "hydra.sweeper.study_name=s",
+        "hydra.sweeper.storage='${oc.env:STUDY_URL}'", f"data.cache_dir='{tmp_path}/cache'",
+    )  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STUDY_URL": url, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mathverify.train", "-m", *words]
+    workers = []
+    for place in range(2):
+        with (tmp_path / f"worker{place}.txt").open("w") as said:
+            workers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=said, stderr=said))
+    folder = tmp_path / "multirun/s"
+    try:
+        wait_until(lambda: len(list(folder.glob("*/metrics.jsonl"))) >= 3, "both packs train", seconds=240, poll=0.05)
+        workers[0].kill()
+        assert workers[1].wait(400) == 0, (tmp_path / "worker1.txt").read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    trials = optuna.load_study(study_name="s", storage=open_storage(url, folder)).trials
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
+    assert len({tuple(sorted(t.params.items())) for t in trials}) == 6
+    assert all(read_record(folder / str(t.number)).metrics.validation.accuracy.value == t.value for t in trials)  # type: ignore[union-attr]
+    assert with_password(tmp_path) == []
+
+
 # Passwords
 
 
@@ -320,8 +387,11 @@ def test_a_password_is_in_no_file_and_no_word(program: Program, postgres: Postgr
 
 
 @pytest.mark.long
-def test_a_run_of_ours_has_no_password_either(postgres: Postgres, sweep_here: Sweep) -> None:
+def test_a_run_of_ours_has_no_password_either(
+    postgres: Postgres, sweep_here: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """mathverify.train itself, two runs in one pack: result.json, W&B's offline files, checkpoints and all words."""
+    keep_environment(monkeypatch)
     url = postgres.database()
     swept = sweep_here(
         *small("lora=choice(r4,r16)", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=2",
@@ -349,6 +419,12 @@ def test_an_interrupt_names_no_password(program: Program, postgres: Postgres) ->
     assert with_password(program.folder) == []
 
 
+def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a sweep in this process does to it."""
+    for name in (storages.STORAGE_VARIABLE, storages.PASSWORD_VARIABLE, storages.PLAIN_VARIABLE):
+        monkeypatch.setenv(name, "")
+
+
 @pytest.mark.parametrize(
     ("storage", "secret"),
     [
@@ -363,19 +439,20 @@ def test_an_interrupt_names_no_password(program: Program, postgres: Postgres) ->
 def test_a_storage_is_shown_without_its_password(
     storage: str | dict[str, Any], secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("", "_PASSWORD", "_PLAIN_PASSWORD"):
-        monkeypatch.setenv(f"{storages.STORAGE_VARIABLE}{name}", "")
+    keep_environment(monkeypatch)
     assert secret not in shown(storage)
     assert "host" in shown(storage)
     assert hide_password(storage)
     assert storages.hidden_storage() == storage
+    assert not hide_password(None)  # the next sweep of this process
+    assert storages.hidden_storage() is None
 
 
 @pytest.mark.parametrize(
     "storage", [None, "journal:///tmp/a:b@c/study.journal", "sqlite:///study.db", "postgresql://host/db"]
 )
 def test_a_storage_without_a_password_is_left_alone(storage: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(storages.STORAGE_VARIABLE, raising=False)
+    keep_environment(monkeypatch)
     assert not hide_password(storage)
     assert storages.hidden_storage() is None
     assert shown(storage) == (storage or "journal file")

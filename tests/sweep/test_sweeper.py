@@ -112,6 +112,7 @@ def test_a_folder_with_trials_of_another_study_is_refused_and_left_alone(program
     (folder / "study.journal").unlink()
     (folder / ".study").unlink()
     assert "holds trials that are in no study (0, 1)" in program.sweep(*SPACE, code=2)
+    assert not (folder / "study.journal").exists()
 
 
 def test_a_dry_run_makes_no_database(program: Program) -> None:
