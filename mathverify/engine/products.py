@@ -112,7 +112,7 @@ class LoopProducts:
             for member in part.members:
                 own = grad[span, member.columns]
                 torch.mm(own, member.b, out=grad_low[span, member.ranks])
-                member.b_grad.add_(own.t() @ low[span, member.ranks])
+                _add_product(member.b_grad, own.t(), low[span, member.ranks])
             if part.scale != 1.0:
                 grad_low[span].mul_(part.scale)
         return grad_low
@@ -140,11 +140,11 @@ class LoopProducts:
             if part is None:
                 continue
             if dropout is None:
-                part.a_grad.add_(grad_low[span, : part.rank].t() @ x[span])
+                _add_product(part.a_grad, grad_low[span, : part.rank].t(), x[span])
                 continue
             for member in part.members:
                 dropped = dropout.apply(x[span], span, linear_key(member.name))
-                part.a_grad[member.ranks].add_(grad_low[span, member.ranks].t() @ dropped)
+                _add_product(part.a_grad[member.ranks], grad_low[span, member.ranks].t(), dropped)
 
     def _parts(self, rows: Rows, low: Tensor) -> list[tuple[slice, _Share | None]]:
         return [
@@ -193,6 +193,14 @@ class LoopWeights:
             )
         a, a_grad = (t[stacked].view(rank * len(own), width) for t in (flat, adapter.grad))
         return _Share(a, a_grad, adapter.lora.scale, members)
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a b, whatever the dtype of the passes: a gradient is float32."""
+    if a.dtype is into.dtype:
+        into.addmm_(a, b)
+    else:
+        into.add_(a @ b)
 
 
 def _starts(outs: Sequence[int]) -> list[int]:
