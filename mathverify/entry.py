@@ -11,8 +11,9 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -334,8 +335,13 @@ def _is_hydras(error: BaseException) -> bool:
 
 
 def is_a_run(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for a run or runs, and not for --help, --cfg and the like."""
-    options = get_args_parser().parse_args(list(arguments))
+    """Whether a command line asks for a run or runs, and not for --help, --cfg and the like; one with unknown flags
+    does not."""
+    try:
+        with redirect_stderr(StringIO()):
+            options = get_args_parser().parse_args(list(arguments))
+    except SystemExit:
+        return False
     return not (options.help or options.hydra_help or options.cfg or options.info or options.shell_completion)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -30,6 +31,7 @@ def help_along() -> None:
 
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (open to the end of the process)
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     here = place()
     try:
         ranks = Joined(here)  # before signals are heeded: one ends a process whose leader never comes

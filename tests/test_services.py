@@ -14,7 +14,7 @@ from .services import listens, require, wait_until
 
 
 def test_without_its_program_a_test_is_skipped_and_in_ci_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert require("sh") == ["/bin/sh"] or require("sh")[0].endswith("/sh")
+    assert require("sh")[0].endswith("/sh")
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception, match=r"no-such-server not installed \(\.ci/services"):
         require("sh", "no-such-server")

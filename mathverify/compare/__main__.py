@@ -154,7 +154,6 @@ def _draw(content: Content, options: argparse.Namespace) -> None:
         beside = options.report is BESIDE and only is not None and only.is_dir()
         target: Path = only / BESIDE if beside and only is not None else options.report
         with _writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
             write_report(content, target)
     if options.figures is not None:
         from mathverify.compare.report.figures import write_figures

@@ -3,11 +3,14 @@
 A single run is a pack with one trial. A trial in a pack ends where it ends alone, within floating-point tolerance.
 
 layout.py      which tokens of a pass belong to which segment and which trial
-attention.py   causal attention inside segments only
-frozen.py      the base's linears, quantised or not
+attention.py   causal attention inside segments only; triton_attention.py the same as GPU kernels
+frozen.py      the base's linears, quantised or not; fp8.py 8-bit floats
 lora.py        adapters: their weights, and the linears that apply each to its own tokens
+products.py    the low-rank products of a pass; grouped.py the same for many adapters at once on a GPU
+elementwise.py what a decoder does between products; triton_kernels.py the same as GPU kernels
+decoder.py     a Llama-like decoder, forward and backward written out: the fast way through the base
 dropout.py     masks that depend on the trial, step and example, never on how a step is cut into passes
-passes.py      cutting work into passes of at most N tokens
+passes.py      cutting work into passes of at most N tokens; budget.py how many that may be
 model.py       the base: packed tokens in, verdict scores or token losses out
 schedule.py    the learning rate of each step
 trial.py       one trial's parameters, optimizer and data order

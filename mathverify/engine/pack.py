@@ -120,10 +120,10 @@ class Pack:
             weighted = self._losses(trials[0], kind, layout) * weights
             # Inside the block: with recomputed activations the backward pass runs the adapters again.
             weighted.sum().backward()
-        # A product, not index_add_: on a GPU that adds in whatever order its threads come.
-        totals += (
-            slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
-        ).float() @ weighted.detach()
+        # Row sums, not index_add_, which on a GPU adds in whatever order its threads come. Chosen, not multiplied by
+        # zero: a trial whose loss is not a number stays the only one.
+        own = slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
+        totals += torch.where(own, weighted.detach(), 0.0).sum(dim=1)
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from mathverify.errors import Interrupted, UserError
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
 from mathverify.sweep.grouping import by_base, difference
+from mathverify.sweep.lease import leased_device
 from mathverify.sweep.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def _work(
     ticket = take()
     if ticket is None:
         return
+    if of_a_study and config.hydra.sweeper.get("lease_devices", True):
+        leased_device(ticket.composed)  # for the whole process, and while a signal still ends it at once
     # From here on it is heavy.
     from mathverify.pack_screen import PackScreen
     from mathverify.run import heeding_signals

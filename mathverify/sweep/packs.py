@@ -22,7 +22,7 @@ from mathverify.sweep.grouping import difference
 from mathverify.sweep.ticket import Ticket
 
 MOST_ON_CPU, MOST_ON_GPU = 8, 32
-"""Runs at once unless told: a pass is full with as many, and more gain no speed. On a GPU memory may allow fewer."""
+"""Runs at once unless told; on a GPU memory may allow fewer (prepare.Workbench.at_once)."""
 
 
 class Packs:

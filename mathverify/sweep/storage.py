@@ -392,11 +392,12 @@ def patiently(work: Callable[[], T]) -> T:
 def is_outage(error: BaseException | None) -> bool:
     """Whether an error means that the database or the way to it is down, restarting, full or busy; not that it refuses
     the user or lacks what is asked for."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
     from sqlalchemy.exc import TimeoutError as PoolTimeout
 
     while error is not None:
-        if isinstance(error, OperationalError | InterfaceError | PoolTimeout) or (
+        # Optuna reads on after a query that failed; a connection that was cut says then that it was not rolled back.
+        if isinstance(error, OperationalError | InterfaceError | PoolTimeout | PendingRollbackError) or (
             isinstance(error, DBAPIError) and error.connection_invalidated
         ):
             return _REFUSAL.search(str(error)) is None
@@ -487,6 +488,10 @@ def _alone_in_postgres(storage: RDBStorage, name: str, section: Callable[[], T])
         _section.is_open = True
         try:
             return section()
+        except Exception as error:
+            if connection.invalidated:  # whatever the section made of that
+                raise _lock_lost() from error
+            raise
         finally:
             _section.is_open = False
             storage.scoped_session.remove()
@@ -494,13 +499,18 @@ def _alone_in_postgres(storage: RDBStorage, name: str, section: Callable[[], T])
 
 def _only_on(locked: Any) -> Callable[..., None]:
     """SQLAlchemy replaces a connection that broke; here that would be one without the lock."""
-    from sqlalchemy.exc import OperationalError
 
-    def check(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+    def check(connection: Any, *statement: Any) -> None:
         if connection.connection.dbapi_connection is not locked:
-            raise OperationalError(statement, None, ConnectionError("the connection that held the lock is gone"))
+            raise _lock_lost()
 
     return check
+
+
+def _lock_lost() -> Exception:
+    from sqlalchemy.exc import OperationalError
+
+    return OperationalError("section", None, ConnectionError("the connection that held the study's lock is gone"))
 
 
 _section = threading.local()

@@ -22,7 +22,6 @@ from mathverify.errors import CannotWrite
 from mathverify.judge import Judge, nobody
 from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
 from mathverify.sweep.grouping import base_key
-from mathverify.sweep.lease import leased_device
 from mathverify.sweep.outcome import End
 
 
@@ -99,8 +98,6 @@ class Ticket:
             attempt.claim()
             self.attempt = attempt
             (self.folder / ERROR_FILE).unlink(missing_ok=True)
-            if attempt.session.settings.lease_devices:
-                leased_device(config)
         self.config = entry.to_run_config(config)
 
     def end(self, value: float | None = None, error: Exception | None = None) -> None:

@@ -122,7 +122,15 @@ def started(options: argparse.Namespace, processes: int) -> dict[str, Any]:
     """The measurements of so many processes, one a GPU."""
     launch = [sys.executable, "-m"]
     if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        launch += [
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+        ]
     own = ["tests.benchmarks.two_gpus", "--work", "--out", str(options.out), "--steps", str(options.steps)]
     start = time.perf_counter()
     subprocess.run([*launch, *own, *(["--tiny"] if options.tiny else [])], check=True, timeout=options.timeout)

@@ -253,6 +253,7 @@ def test_a_report_lies_in_the_sweep_unless_it_is_told_where(command: Command, sw
         ([], "required: PLACE"),
         (["--report", "SWEEP"], "ends in .html"),
         (["SWEEP", "--report", "page.pdf"], "ends in .html"),
+        (["SWEEP", "--report", "SWEEP/torn/result.json/page.html"], "cannot be (made|written)"),
         (["SWEEP", "--figures", "SWEEP/torn/result.json"], "is a file: give a folder"),
     ],
 )

@@ -85,6 +85,19 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert "\u2028" not in scripts.bodies[1] and "<" not in scripts.bodies[1]
 
 
+def test_a_secret_in_the_environment_breaks_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are cleaned where they come from; packed numbers and specs, in which it may stand by chance, are not."""
+    folder = synthetic.sweep(tmp_path, 2, seeds=1, test_rows=60, rename=lambda n: f"sesame{n}")
+    plain = page_of(read_runs([folder]))
+    scripts = _Scripts()
+    scripts.feed(plain)
+    packed = json.loads(scripts.bodies[1])["rows"]["runs"]["0"]["said"]
+    monkeypatch.setenv("A_TOKEN", packed[:6])
+    monkeypatch.setenv("B_TOKEN", "sesame")
+    page = page_of(read_runs([folder]))
+    assert packed in page and "sesame" not in page
+
+
 def test_json_within_a_script_comes_back_unchanged() -> None:
     tree = {text: [text, 1, None, 0.5] for text in HOSTILE}
     assert json.loads(as_script(tree)) == tree

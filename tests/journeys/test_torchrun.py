@@ -138,3 +138,11 @@ def test_help_is_given_once(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert out.count("Fine-tune LoRA adapters") == 1
+
+
+@pytest.mark.slow
+def test_an_unknown_flag_is_told_once(tmp_path: Path) -> None:
+    process = torchrun("--cgf", "job", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.count("unrecognized arguments: --cgf") == 1

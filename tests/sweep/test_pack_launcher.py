@@ -379,6 +379,23 @@ def test_each_run_has_a_tracker_of_its_own_in_one_process(cli: Cli, tmp_path: Pa
     assert len(names) == 3
 
 
+def test_a_pack_leases_one_device_for_all_its_runs(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mathverify.sweep import lease
+
+    monkeypatch.setenv(lease.DEVICES_VARIABLE, "fake-0,fake-1")
+    monkeypatch.setenv(lease.VISIBLE, "")
+    monkeypatch.setenv("MATHVERIFY_LEASES", str(tmp_path / "leases"))
+    monkeypatch.setattr(lease, "_held", None)
+    cli(
+        "-m", "sweep=rank_grid", "hydra.sweeper.study_name=s", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=study",
+        "train.max_steps=2",
+    )  # fmt: skip
+    assert os.environ[lease.VISIBLE] == "fake-0"
+    assert [file.name for file in (tmp_path / "leases").iterdir()] == ["fake-0.lease"]
+    lease.give_device_back()
+    assert [state for _, state, *_ in rows(tmp_path / "study")] == ["COMPLETE"] * 2
+
+
 # Ends that nobody planned
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages._rdb.models import StudyModel
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
@@ -148,6 +149,35 @@ def test_a_worker_that_loses_the_lock_writes_nothing_more(postgres: Postgres, tm
     assert alone(storage, "s", tmp_path, section) == 2
     assert study.user_attrs == {"before": 1}
     assert len(study.trials) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("within_a_section", [True, False])
+def test_a_connection_cut_between_two_queries_of_one_read_is_an_outage_too(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within_a_section: bool
+) -> None:
+    """Optuna swallows the error of a read's second query and tries another on the same connection."""
+    url = postgres.database()
+    study = optuna.create_study(storage=open_storage(url, tmp_path), study_name="s")
+    study.ask()
+    plain = StudyModel.find_or_raise_by_id
+    cut: list[bool] = []
+
+    def cutting(*arguments: Any, **named: Any) -> Any:
+        found = plain(*arguments, **named)
+        if not cut:
+            cut.append(True)
+            name = url.rpartition("/")[2]
+            postgres.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        return found
+
+    monkeypatch.setattr(StudyModel, "find_or_raise_by_id", cutting)
+    if within_a_section:
+        storage: Any = study._storage._backend  # type: ignore[attr-defined]
+        assert alone(storage, "s", tmp_path, lambda: len(study.get_trials())) == 1
+    else:
+        assert len(study.get_trials()) == 1
+    assert cut
 
 
 CUTTING = """

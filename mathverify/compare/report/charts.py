@@ -147,7 +147,7 @@ def versus(labels: Sequence[str]) -> Spec:
     """Difference of each to the reference, with its interval; its shape and colour say what was concluded."""
     base = alt.Chart(_data("versus"))
     y, step = _named_axis("other", labels)
-    x_axis: dict[str, Any] = {"title": "points of accuracy", "axis": alt.Axis(format="+~", tickCount=6)}
+    x_axis: dict[str, Any] = {"title": "points of accuracy", "axis": alt.Axis(format="+~f", tickCount=6)}
     outcomes = ["better", "tie", "worse"]
     tips = _tips(
         ("other:N", "other"),

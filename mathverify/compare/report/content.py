@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mathverify.compare.reading import Comparison, RunView
 from mathverify.compare.report import charts
@@ -14,6 +15,7 @@ from mathverify.compare.report.rows import RowFacts, row_facts
 from mathverify.compare.report.sections import Section, sections
 from mathverify.compare.table import Table
 from mathverify.compare.verdict import Verdict
+from mathverify.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,11 @@ def collect(
         tables=verdict_tables(comparison, verdicts),
         pair=pair_of(facts, None if baseline is None else numbers.get(baseline)),
     )
+
+
+def make_folder(path: Path) -> None:
+    """The folder and its parents. Raises UserError when they cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}): choose another folder") from None

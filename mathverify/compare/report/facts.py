@@ -19,7 +19,8 @@ from scipy.special import expit
 from mathverify.compare.reading import Comparison, RunView, State
 from mathverify.compare.table import metrics_at
 from mathverify.errors import UserError
-from mathverify.records import Predictions
+from mathverify.printable import printable
+from mathverify.records import Predictions, redact
 from mathverify.scoring import ECE_BINS, Interval, Metrics, evaluate, wilson
 
 MOST_RUNS = 500
@@ -183,7 +184,12 @@ def spelled(value: Any) -> str:
         return "null"
     if isinstance(value, list):
         return "[" + ", ".join(spelled(part) for part in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else shown(str(value))
+
+
+def shown(text: str) -> str:
+    """Text of runs without secrets, and with what would turn or hide text written out."""
+    return printable(str(redact(text)))
 
 
 # One row a run
@@ -193,13 +199,14 @@ def _run_row(number: int, run: RunView, parameters: Sequence[Parameter], order: 
     costs, test = run.costs, metrics_at(run, confidence) if run.counts else None
     values = {p.field: run.settings.get(p.key) for p in parameters}
     said = [(p, f"{p.short} {spelled(values[p.field])}") for p in parameters if run.settings]
+    reason = f"the same run as {run.repeats.label}" if run.repeats is not None else run.error
     return {
         "run": number,
-        "name": run.label,
-        "label": ", ".join(text for _, text in said) or run.name or run.label,
-        "configuration": ", ".join(text for p, text in said if p.key != "seed") or run.name or run.label,
+        "name": shown(run.label),
+        "label": ", ".join(text for _, text in said) or shown(run.name or run.label),
+        "configuration": ", ".join(text for p, text in said if p.key != "seed") or shown(run.name or run.label),
         "state": "repeated" if run.repeats is not None else run.state.value,
-        "reason": f"the same run as {run.repeats.label}" if run.repeats is not None else run.error,
+        "reason": None if reason is None else shown(reason),
         "order": order + 1,
         "seed": run.seed,
         **{name: value if isinstance(value, int | float | None) else spelled(value) for name, value in values.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mathverify.compare.report import charts, theme
-from mathverify.compare.report.content import Content
+from mathverify.compare.report.content import Content, make_folder
 from mathverify.compare.report.facts import Facts, Row
 from mathverify.compare.report.pair import pair_tables
 from mathverify.compare.report.sections import Figure
@@ -33,7 +33,7 @@ def write_figures(content: Content, folder: Path, kinds: Sequence[str] = ("svg",
         )
         figures.insert(0, Figure("ranking", charts.ranking(facts), caption, "runs", wide=True))
     tables = content.data | (pair_tables(facts, *pair) if facts.predictions else {})
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written: list[Path] = []
     for figure in figures:
         spec = on_paper(figure, facts, tables, pair)
@@ -59,7 +59,7 @@ def on_paper(figure: Figure, facts: Facts, tables: dict[str, list[Row]], pair: t
         if parameter["name"] == "most":
             parameter["value"] = max((row["rows"] for row in tables["pair_scores"]), default=1)
     named = {name for name in charts.data_names(spec) if name in tables}
-    spec["datasets"] = spec.get("datasets", {}) | {name: redact(tables[name]) for name in named}
+    spec["datasets"] = spec.get("datasets", {}) | {name: tables[name] for name in named}
     _name_sides(spec, facts, pair)
     return spec
 

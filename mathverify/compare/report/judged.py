@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mathverify.compare.reading import Comparison, RunView
-from mathverify.compare.report.facts import Row
+from mathverify.compare.report.facts import Row, shown
 from mathverify.compare.seeds import Configuration
 from mathverify.compare.table import Table, tables
 from mathverify.compare.verdict import By, Verdict
 from mathverify.compare.wording import all_sentences
-from mathverify.printable import printable
 
 MOST_SHOWN = 30
 """Configurations and differences in a figure; the tables have all."""
@@ -20,7 +19,7 @@ MOST_SHOWN = 30
 
 def said(verdicts: Sequence[Verdict]) -> list[str]:
     """The sentences of all verdicts, each with a capital."""
-    lines = [printable(sentence) for sentence in all_sentences(verdicts)]
+    lines = [shown(sentence) for sentence in all_sentences(verdicts)]
     return [line[:1].upper() + line[1:] for line in lines]
 
 
@@ -46,8 +45,8 @@ def verdict_rows(verdicts: Sequence[Verdict], numbers: dict[RunView, int], runs:
                 {"entry": names[entry], "mean": entry.mean, "low": low, "high": high, "seeds": len(entry.runs),
                  "verdict": standing}
             )  # fmt: skip
-            shown = [runs[numbers[run]] for run in entry.runs if numbers.get(run, len(runs)) < len(runs)]
-            made["members"] += [{**row, "entry": names[entry]} for row in shown]
+            members = [runs[numbers[run]] for run in entry.runs if numbers.get(run, len(runs)) < len(runs)]
+            made["members"] += [{**row, "entry": names[entry]} for row in members]
     for versus in sorted(verdict.versus, key=lambda versus: -versus.difference)[:MOST_SHOWN]:
         low, high = (None if bound is None else 100 * bound for bound in (versus.low, versus.high))
         made["versus"].append(
@@ -61,12 +60,12 @@ def _names(verdict: Verdict, numbers: dict[RunView, int], runs: Sequence[Row]) -
     """What the figures call the entries: as the page calls their runs, led by the verdict's own names ('#3', 'run 12')
     where it has such for any."""
     of_seeds = verdict.by is By.configuration
-    own = {entry: printable(verdict.name(entry)) for entry in verdict.entries}
+    own = {entry: shown(verdict.name(entry)) for entry in verdict.entries}
     are_led = any(name.startswith(("configuration #", "run ")) for name in own.values())
     names = {}
     for place, entry in enumerate(verdict.entries, 1):
         number = numbers.get(entry.runs[0], len(runs))
         settings = str(runs[number]["configuration" if of_seeds else "label"]) if number < len(runs) else own[entry]
-        lead = f"#{place}" if of_seeds else f"run {printable(entry.runs[0].label)}"
+        lead = f"#{place}" if of_seeds else f"run {shown(entry.runs[0].label)}"
         names[entry] = f"{lead}, {settings}" if are_led and settings != own[entry] else settings
     return names if len(set(names.values())) == len(names) else own

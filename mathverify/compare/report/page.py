@@ -16,7 +16,7 @@ from typing import Any
 import mathverify
 from mathverify.compare.reading import Comparison
 from mathverify.compare.report import theme
-from mathverify.compare.report.content import Content
+from mathverify.compare.report.content import Content, make_folder
 from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
 from mathverify.compare.report.rows import RowFacts
 from mathverify.files import write_atomic
@@ -34,7 +34,7 @@ MOST_OPTIONS = 40
 
 def write_report(content: Content, path: Path) -> Path:
     """Write the page, whole or not at all; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomic(path, render(content).encode("utf-8", "replace"))
     return path
 
@@ -87,7 +87,7 @@ def vega_library() -> str:
 
 def as_script(tree: Any) -> str:
     """JSON that can stand within a <script> element whatever texts it holds; JSON.parse gives them back unchanged."""
-    text = json.dumps(redact(tree), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from mathverify.compare.report import charts
 from mathverify.compare.report.charts import Spec
-from mathverify.compare.report.facts import Facts, Parameter, Row, spelled
+from mathverify.compare.report.facts import Facts, Parameter, Row, shown, spelled
 from mathverify.compare.report.rows import RowFacts
 from mathverify.compare.verdict import By, Verdict
-from mathverify.printable import printable
 
 MOST_PANELS = 6
 THE_THREE = ("lora.rank", "lora.alpha", "train.batch_size")
@@ -92,7 +91,7 @@ def _verdict(verdicts: Sequence[Verdict], data: dict[str, list[Row]]) -> Section
             Figure("configurations", chart, caption, "configurations", "Configurations over their seeds", True)
         )
     if (rows := data["versus"]) and verdict.reference is not None:
-        name = printable(verdict.name(verdict.reference))
+        name = shown(verdict.name(verdict.reference))
         what = "the baseline" if verdict.is_baseline else f"the best on {verdict.chosen_on}"
         caption = (
             f"Accuracy of each minus that of {what}, {name}, on the same test rows. Bars "
@@ -188,8 +187,8 @@ def _examples_note(facts: Facts) -> str:
 
 def _parallel(facts: Facts) -> Section:
     title = "All settings at once"
-    shown = [p for p in facts.parameters if p.key != "seed"]
-    if len(facts.completed) < 2 or len(shown) < 2:
+    settings = [p for p in facts.parameters if p.key != "seed"]
+    if len(facts.completed) < 2 or len(settings) < 2:
         absent = "Parallel coordinates need two finished runs and two settings that differ independently of each other."
         return Section("parallel", title, absent=absent)
     caption = (
