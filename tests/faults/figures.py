@@ -1,7 +1,7 @@
 """The table of figures in README.md, from the JSON results of the scripts and tests of this folder.
 
 python -m tests.faults.figures          write the table from what was measured last
-python -m tests.faults.figures --run    measure everything first (half an hour on one core), then write it
+python -m tests.faults.figures --run    measure everything first, then write it
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _kills() -> Iterator[tuple[str, str, str]]:
         f"{found['kills']} kills in {found['ends']} folders ({by('by_scenario')}); 0 files torn, 0 finished trials lost, "
         f"0 repeated; every folder ended as the uninterrupted one (bitwise; packs within their tolerance). "
         f"{found['in_processes_of_their_own']} of the kills hit processes of their own, the others forks of a warm one. "
-        f"Moments: {by('by_moment')}. {_made(found)}, {found['seconds']:,} s",
+        f"Moments: {by('by_moment')}. {_made(found)}",
         command,
     )
 
@@ -92,7 +92,7 @@ def _million() -> Iterator[tuple[str, str, str]]:
         return
     yield (
         "a million rows under a cap",
-        f"{found['rows']:,} rows (parquet) read, checked and split in {found['seconds']:g} s with at most "
+        f"{found['rows']:,} rows (parquet) read, checked and split with at most "
         f"{found['mib_above_start']} MiB of memory above the start, under a cap of {found['cap_mib']:,} MiB. {_made(found)}",
         command,
     )
