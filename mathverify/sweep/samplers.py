@@ -86,7 +86,8 @@ def make_sampler(settings: Settings, space: Space) -> SeededByTrial:
     Raises:
         UserError: unknown target, missing package, unknown or bad argument, or a grid over a continuous dimension.
     """
-    check_targets(settings.sampler, "hydra.sweeper.sampler")
+    named = settings.sampler["_target_"]
+    check_targets(settings.sampler | {"_target_": GONE.get(named, named)}, "hydra.sweeper.sampler")
     target, arguments, _ = _arguments(settings.sampler, "sampler")
     if target.endswith(".GridSampler"):
         if settings.custom_search_space is not None:

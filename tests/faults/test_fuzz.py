@@ -110,7 +110,7 @@ def _stand_in(composed: DictConfig) -> float:
     return 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=st.lists(words, max_size=4), grid=st.booleans())
 def test_any_command_line_ends_with_0_or_2_and_no_traceback(

@@ -63,7 +63,8 @@ def forbidden(source: str) -> list[str]:
             found.append(f"{line}: np.load without allow_pickle=False")
         if last == "register_new_resolver":
             found.append(f"{line}: a resolver of its own")
-        if last == "Template" or (last == "Environment" and "jinja" in name):
+        escapes = _is(keywords.get("autoescape"), True)
+        if last == "Template" or (last == "Environment" and "jinja" in name and not escapes):
             found.append(f"{line}: a template engine, which may not escape: {name}")
     return found
 

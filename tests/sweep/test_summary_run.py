@@ -39,6 +39,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Loopback
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Outage, "began", -1e9)
     monkeypatch.setattr(Warnings, "_warned", False)
+    if (
+        "wandb" in sys.modules
+    ):  # a test before may have met another server, which the client keeps for the whole process
+        sys.modules["wandb"].teardown()
     with LoopbackWandb() as loopback:
         monkeypatch.setenv("WANDB_BASE_URL", loopback.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)

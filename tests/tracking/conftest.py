@@ -26,7 +26,12 @@ def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(Warnings, "_warned", False)
     monkeypatch.setattr(Outage, "began", -math.inf)
     monkeypatch.setattr(Warnings, "_said_offline", False)
+    _forget_server()
     yield
+    _forget_server()
+
+
+def _forget_server() -> None:
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # it keeps the first server and login for the whole process
 
