@@ -105,7 +105,7 @@ class Preflight(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Raises SystemExit, which, unlike an Exception, Hydra does not turn into a warning."""
         try:
-            refuse_contradictions(config.hydra.overrides.task)
+            refuse_contradictions(_as_given(config))
             self._claim(Path(config.hydra.run.dir), to_run_config(config))
         except UserError as error:
             sys.exit(report(error))
@@ -118,7 +118,7 @@ class Preflight(Callback):
             return  # other sweepers make up their jobs as they go
         wrong = 0
         try:
-            jobs = _grid(config.hydra.overrides.task)
+            jobs = _grid(_as_given(config))
         except UserError as error:
             sys.exit(report(error))
         for number, overrides in enumerate(jobs):
@@ -152,6 +152,11 @@ class Preflight(Callback):
             claim_run_folder(folder, config)
         else:
             check_writable(folder)
+
+
+def _as_given(config: DictConfig) -> list[str]:
+    """The command line's overrides. Not resolved: one that holds an interpolation is text here, not a value."""
+    return cast(list[str], OmegaConf.to_container(config.hydra.overrides.task, resolve=False))
 
 
 def _redact_files(folder: Path) -> None:
