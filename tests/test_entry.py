@@ -166,7 +166,8 @@ def test_a_folder_that_holds_another_run_keeps_its_hydra_files(tmp_path: Path) -
 def test_an_interpolation_that_leads_nowhere_is_one_line_for_a_grid_too(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "mathverify.train", "-m", "model.name=${nosuch}"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True,
+        text=True, timeout=120,
     )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr == "error: job 0 (model.name=${nosuch}): Interpolation key 'nosuch' not found\n"
