@@ -281,6 +281,8 @@ class _Explaining:
             return "no such folder: give a folder with config.json, *.safetensors and the tokenizer's files"
         if unknown:
             return "the hub has no model of this name, or it is private: check the name, or run `hf auth login`"
+        if "HFValidationError" in text:
+            return "neither a folder that is there nor a name on the hub: give FOLDER or owner/name"
         if (damage := cache_damage(str(self.config.path), "model", self.config.revision)) is not None:
             return f"{damage}: {mending(str(self.config.path), 'model')}, or give a local copy with model.path=FOLDER"
         if _is_offline(text):

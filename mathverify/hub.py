@@ -57,9 +57,13 @@ def cache_damage(name: str, kind: str, revision: str | None = None) -> str | Non
         name: as on the hub, 'owner/name'. kind: 'model' or 'dataset'. revision: branch, tag or commit; default main.
     """
     from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    except HFValidationError:  # no name of the hub: nothing of it is cached
+        return None
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or ""
     for file in sorted((folder / "snapshots" / commit).rglob("*")) if commit else ():

@@ -118,3 +118,8 @@ def test_a_damaged_copy_is_one_line_with_the_remedy(how: str, hub: str, tmp_path
     said = load_from_hub(NAME, tmp_path, **OFF[hub])
     assert dict(CASES)[how] in said
     assert "`hf download acme/small-llama --force-download` mends it, or give a local copy with model.path=" in said
+
+
+def test_what_is_no_name_of_the_hub_has_no_cached_copy() -> None:
+    assert cache_damage("https://somewhere/else", "model") is None
+    assert cache_damage("a/b/c/d", "dataset") is None
