@@ -56,6 +56,8 @@ def test_a_study_of_four_trials_as_slurm_jobs(program: Program, cluster: Slurm) 
     before = set(cluster.jobs())
     program.sweep(*SPACE, *BY_SLURM, "hydra.sweeper.n_jobs=4", "hydra.sweeper.n_trials=4", seconds=120)
     check_study(program, 4, cut_short=0)
+    # A job has told its outcome before Slurm has put it away.
+    wait_until(lambda: not cluster.jobs("running,completing"), "all jobs have ended")
     jobs = {job: state for job, state in cluster.jobs().items() if job not in before}
     assert sorted(jobs.values()) == ["COMPLETED"] * 4
 
