@@ -125,7 +125,10 @@ def _section(study: Study, comparison: Comparison, verdict: Verdict, options: ar
     folder: Path = options.out / study.name
     folder.mkdir(parents=True, exist_ok=True)
     said = sentences(verdict)
-    write_table(folder / "table.csv", comparison, [verdict])
+    table = folder / "table.csv"
+    write_table(table, comparison, [verdict])
+    # Run folders as the commands below name them, not as they lie on this machine.
+    write_atomic(table, table.read_text("utf-8").replace(f"{options.runs}/", "multirun/").encode())
     content = collect(comparison, [verdict])
     write_report(content, folder / "report.html")
     # PNGs would weigh megabytes in the repository
