@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mathverify.config import LossKind, OptimizerConfig, OptimizerKind, RunConfig
+from mathverify.config import LossKind, RunConfig
 from mathverify.engine.dropout import segment_key
 from mathverify.engine.layout import Segment
 from mathverify.engine.lora import Adapter
+from mathverify.engine.optimizer import make_optimizer
 from mathverify.engine.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -154,27 +155,3 @@ class Trial:
     def fail(self, reason: str) -> None:
         """Leave the pack: no update is made, the parameters stay as they were."""
         self.state, self.reason = TrialState.failed, reason
-
-
-def make_optimizer(adapter: Adapter, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapter's one flat tensor (Loshchilov & Hutter 2019, arXiv:1711.05101).
-
-    8-bit state is block-wise (Dettmers et al. 2022, arXiv:2110.02861). Paged state exists on CUDA only; on the CPU
-    paged_adamw_8bit is adamw_8bit.
-    """
-    flat = adapter.flat.requires_grad_(False)
-    parameter = torch.nn.Parameter(flat)
-    parameter.grad = adapter.grad
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.betas[0], config.betas[1]),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if config.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW([parameter], fused=True, **options)
-    from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
-
-    paged = config.kind is OptimizerKind.paged_adamw_8bit and flat.is_cuda
-    optimizer: torch.optim.Optimizer = (PagedAdamW8bit if paged else AdamW8bit)([parameter], **options)
-    return optimizer

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA; each is the twin of a torch function that says what it means. Imported on CUDA only.
 
 add_norm, norm_grad, rotate, swiglu, swiglu_grad: elementwise.py. drop: dropout.py. quantize_rows: fp8.py.
-pack_rows, rows_times: grouped.py. columns_times says it itself.
+pack_rows, rows_times: grouped.py. columns_times says it itself. adamw_8bit: bitsandbytes' AdamW8bit on a CPU.
 """
 # ruff: noqa: N803 (compile-time constants are spelled in capitals, as Triton's users expect)
 
@@ -321,4 +321,70 @@ def columns_times(
     _columns_times[(triton.cdiv(width, 128), members, groups)](
         low, wide, grads, offsets, ranks, ends, low.stride(0), wide.stride(0), rank, width, groups,
         transposed, block_p, 128, 64, num_warps=4 if block_p <= 64 else 8, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dynamic_place(share, LOWEST: tl.constexpr):
+    """Which number of bitsandbytes' dynamic map (Dettmers 2016, arXiv:1511.04561) is nearest, counted from its zero.
+
+    The map has seven decades up to 1; each has twice as many equal steps as the one below it, whose centres are the
+    numbers; then 1 itself. LOWEST: steps of the lowest decade. So the place is computed, not searched.
+    """
+    factor, count = share * 0.0, share * 0.0  # of the decade it lies in: steps a unit, steps
+    here = share >= (0.05 + 0.225 / LOWEST) * 1e-6  # half way between zero and the first number
+    for decade in tl.static_range(7):
+        if decade > 0:  # half way between a decade's first number and the one below it
+            here = share >= 10.0 ** (decade - 7) * (1.0 + 1.8 / (LOWEST * 2**decade))
+        factor = tl.where(here, LOWEST * 2**decade / 0.9 / 10.0 ** (decade - 6), factor)
+        count = tl.where(here, LOWEST * 2**decade, count)
+    step = tl.maximum(tl.minimum(tl.floor(share * factor - count / 9.0), count - 1), 0.0)
+    place = tl.where(count > 0, 1 + count - LOWEST + step, 0.0).to(tl.int32)
+    return tl.where(share >= 1 - 0.225 / (LOWEST * 64), 1 + LOWEST * 127, place)
+
+
+@triton.jit
+def _adamw_8bit(
+    parameter, grad, code1, code2, most1, most2, map1, map2, count, beta1, beta2, eps, rate, correction, keep,
+    BLOCKS: tl.constexpr,
+) -> None:  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    inside, real = at < count, block * 256 < count
+    g = tl.load(grad + at, mask=inside, other=0.0)
+    p = tl.load(parameter + at, mask=inside, other=0.0)
+    first = tl.load(map1 + tl.load(code1 + at, mask=inside, other=127))  # 127: zero in the signed map
+    second = tl.load(map2 + tl.load(code2 + at, mask=inside, other=0))
+    first = first * tl.load(most1 + block, mask=real, other=0.0)[:, None]
+    second = second * tl.load(most2 + block, mask=real, other=0.0)[:, None]
+    first = first * beta1 + g * (1.0 - beta1)
+    second = second * beta2 + g * g * (1.0 - beta2)
+    p = p * keep - rate * (first / (tl.sqrt(second) / correction + eps))
+    tl.store(parameter + at, p, mask=inside)
+
+    size = tl.abs(first)
+    largest1, largest2 = tl.max(size, axis=1), tl.max(second, axis=1)
+    place1 = _dynamic_place(size / tl.where(largest1 > 0, largest1, 1.0)[:, None], 1)
+    place2 = _dynamic_place(second / tl.where(largest2 > 0, largest2, 1.0)[:, None], 2)
+    # There is no -1; and as with bitsandbytes what is below zero stays there.
+    place1 = tl.where(first < 0, 127 - tl.maximum(tl.minimum(place1, 127), 1), 127 + place1)
+    tl.store(code1 + at, place1.to(tl.uint8), mask=inside)
+    tl.store(code2 + at, place2.to(tl.uint8), mask=inside)
+    tl.store(most1 + block, largest1, mask=real)
+    tl.store(most2 + block, largest2, mask=real)
+
+
+def adamw_8bit(parameter: Tensor, grad: Tensor, state: dict[str, Any], options: dict[str, Any]) -> None:
+    """One AdamW step (Loshchilov & Hutter 2019, arXiv:1711.05101) with block-wise 8-bit state (arXiv:2110.02861).
+
+    Args:
+        parameter, grad: float32, contiguous. state: bitsandbytes' (codes, maxima of blocks of 256, maps, step >= 1).
+        options: lr, betas, eps, weight_decay.
+    """
+    (beta1, beta2), rate, step = options["betas"], options["lr"], state["step"]
+    blocks = 4
+    _adamw_8bit[(triton.cdiv(parameter.numel(), 256 * blocks),)](
+        parameter, grad, state["state1"], state["state2"], state["absmax1"], state["absmax2"], state["qmap1"],
+        state["qmap2"], parameter.numel(), beta1, beta2, options["eps"], rate / (1.0 - beta1**step),
+        (1.0 - beta2**step) ** 0.5, 1.0 - rate * options["weight_decay"], blocks, num_warps=4,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -248,32 +249,59 @@ def profile(model: PackedModel, configs: list[RunConfig], rows: Workload) -> Non
 
 def peers(folder: Path, steps: int, most_seconds: float) -> Iterator[tuple[str, Row]]:
     """Other trainers, each in a process of its own; the fastest settings first."""
-    for arguments in (
-        ["common.py"],  # makes the checkpoint that the others load
-        ["peer_unsloth.py", str(steps), "none"],
-        ["peer_trl.py", str(steps), "nockpt"],
-        ["peer_unsloth.py", str(steps), "unsloth"],
-        ["peer_trl.py", str(steps), "ckpt"],
-    ):
-        environment = {k: v for k, v in os.environ.items() if k != "OUT"}
-        command = [sys.executable, *arguments]
-        try:
-            done = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, timeout=most_seconds, env=environment
-            )
-        except subprocess.TimeoutExpired as late:
-            print(f"{arguments}: longer than {most_seconds:.0f} s: {(late.stdout or b'')[-800:]!r}", flush=True)
-            continue
-        lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode:
-            print(f"{arguments}: ended with {done.returncode}: {done.stderr[-1500:]}", flush=True)
-        for line in lines:
-            result = json.loads(line)
-            name = result.pop("bench")
-            yield (
-                f"peer {name}",
-                {"tokens_per_s" if k == "real_tokens_per_s" else k: v for k, v in result.items() if v is not None},
-            )
+    with tempfile.TemporaryDirectory() as own:
+        small = small_steps(folder / "peer_unsloth.py", Path(own))
+        for arguments in (
+            ["common.py"],  # makes the checkpoint that the others load
+            ["peer_unsloth.py", str(steps), "none"],
+            [str(small), str(2 * steps), "none"],
+            ["peer_trl.py", str(steps), "nockpt"],
+            ["peer_unsloth.py", str(steps), "unsloth"],
+            ["peer_trl.py", str(steps), "ckpt"],
+        ):
+            for line in peer_results(folder, arguments, most_seconds):
+                result = json.loads(line)
+                name = "peer " + result.pop("bench") + (SMALL_STEPS if arguments[0] == str(small) else "")
+                yield name, {"tokens_per_s" if k == "real_tokens_per_s" else k: v for k, v in result.items()}
+
+
+SMALL_STEPS = ", 4 examples a step"
+
+
+def small_steps(script: Path, folder: Path) -> Path:
+    """The peer's script with 4 examples a step instead of 16: what a trial of batch 4 is alone."""
+    text = script.read_text()
+    for before, after in (("gradient_accumulation_steps=4", "gradient_accumulation_steps=1"), ("16 *", "4 *")):
+        assert before in text, f"{script}: no {before!r} in it"
+        text = text.replace(before, after)
+    changed = folder / script.name
+    changed.write_text(text)
+    return changed
+
+
+def peer_results(folder: Path, arguments: list[str], most_seconds: float) -> list[str]:
+    """The result lines of one script; what goes wrong is printed."""
+    environment = {k: v for k, v in os.environ.items() if k != "OUT"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder.resolve()), environment.get("PYTHONPATH", "")])
+    log, start = "", time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=most_seconds,
+            env=environment,
+        )
+        log, end = done.stdout, f"ended with {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        log, end = (late.stdout or b"").decode(errors="replace"), "took too long"
+    print(f"{arguments} {end} after {time.perf_counter() - start:.0f} s", flush=True)
+    lines = [line.removeprefix("RESULT ") for line in log.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        print(log[-1500:], flush=True)
+    return lines
 
 
 class Report:
@@ -305,13 +333,14 @@ class Report:
     def table(self) -> str:
         """Markdown: every row, then the ratios between them."""
         best_peer = max((r.get("tokens_per_s", 0.0) for n, r in self.rows.items() if n.startswith("peer ")), default=0)
-        unsloth = max((r.get("tokens_per_s", 0.0) for n, r in self.rows.items() if n.startswith("peer uns")), default=0)
+        small = max((r.get("tokens_per_s", 0.0) for n, r in self.rows.items() if n.endswith(SMALL_STEPS)), default=0)
         alone, pack = self.get(ALONE, "step_s"), self.get(PACK, "step_s")
         ratios = {
             "one run against the best peer of this run": _over(self.get(ONE, "tokens_per_s"), best_peer),
             "FP8 against the best peer of this run": _over(self.get(ONE_FP8, "tokens_per_s"), best_peer),
             "8 trials in one pass against one after another (training only)": _over(8 * alone, pack),
-            "8 trials in one pass against Unsloth's best tokens/s": _over(self.get(PACK, "tokens_per_s"), unsloth),
+            "8 trials in one pass against the best peer's tokens/s": _over(self.get(PACK, "tokens_per_s"), best_peer),
+            "8 trials in one pass against Unsloth, one after another": _over(self.get(PACK, "tokens_per_s"), small),
             "scoring against generate-and-parse, same rows": _over(
                 self.get(GENERATE, "seconds"), self.get(SCORE_SAME, "seconds")
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,31 @@ def test_kernels_equal_their_definitions_in_torch() -> None:
             both(ew.rotate, rand(7, 5, 16), angles.cos(), angles.sin(), inverse=inverse)
         both(ew.swiglu, rand(7, 2 * 3000))
         both(ew.swiglu_grad, rand(7, 3000), rand(7, 2 * 3000))
+
+
+def test_8_bit_adamw_steps_as_bitsandbytes() -> None:
+    """Codes differ where a number lies half way between two. Then parameters differ by less than a step."""
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    from mathverify.engine.adamw_8bit import FusedAdamW8bit
+
+    torch.manual_seed(0)
+    size, rate = 256 * 1000 + 77, 1e-3
+    start = torch.randn(size, device="cuda") / 50
+    theirs, ours = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    optimizers = [AdamW8bit([theirs], **options), FusedAdamW8bit([ours], **options)]
+    for step in range(5):
+        theirs.grad = ours.grad = torch.randn(size, device="cuda") / 100 * (step != 2)
+        for optimizer in optimizers:
+            optimizer.step()
+        different = (theirs - ours).detach().abs()
+        assert float((different > 0.01 * rate).double().mean()) < 1e-3
+        assert float(different.max()) < rate
+        for code in ("state1", "state2"):
+            a, b = (o.state[p][code] for o, p in zip(optimizers, (theirs, ours), strict=True))
+            assert float((a != b).double().mean()) < 1e-3
+    assert float((theirs - start).detach().abs().mean()) > rate
 
 
 def test_fp8_products_on_the_matrix_units_equal_those_of_the_codes() -> None:
