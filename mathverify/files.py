@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -56,7 +57,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def cannot_write(path: Path, error: OSError) -> CannotWrite:
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(path: Path | str, error: OSError) -> CannotWrite:
     """What stopped `path` from being written, and how to go on."""
     remedy = "free space or choose another folder, then run the same command again: it continues"
     return CannotWrite(f"{path}: cannot write ({error.strerror or error}): {remedy}")
