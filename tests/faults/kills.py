@@ -246,6 +246,7 @@ def end_of(scenario: Scenario, place: Path) -> dict[str, Any]:
             ],
         }
         assert not list(folder.rglob("*.tmp")), "a temporary file is left"
+    assert not list(place.glob("multirun/s/.*.tmp")), "a temporary file is left in the study's folder"
     return ends
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from pathlib import Path
 
 import optuna
@@ -103,6 +104,20 @@ def given_back(place: Path) -> list[int]:
     trials = optuna.load_study(study_name="s", storage=open_storage(None, place / "multirun/s")).trials
     marks = {t.number: (t.user_attrs["owner"], t.user_attrs["attempt"]["count"]) for t in trials}
     return [number for number, (owner, count) in marks.items() if owner is None and count == 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimization_results.yaml", "multirun.yaml", ".study"])
+def test_the_next_start_of_a_study_removes_what_a_kill_left_in_its_folder(name: str, tmp_path: Path) -> None:
+    place = new(tmp_path)
+    event = {"event": "rename", "file": name, "count": 1, "when": "before"}
+    assert Forked([*SWEEP.arguments, f"data.cache_dir='{tmp_path}/cache'"], place, event).ended(300) == -signal.SIGKILL
+    folder = place / "multirun/s"
+    (leftover,) = folder.glob(".*.tmp")
+    assert leftover.name.startswith(f".{name}.")
+    finish(SWEEP, place, Forked)
+    assert not list(folder.glob(".*.tmp"))
+    assert (folder / name).exists()
 
 
 def test_what_must_not_happen_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
