@@ -5,7 +5,6 @@ What is in a folder is its maker's business; this file only knows when one is wh
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 
 import xxhash
 
-from mathverify.errors import UserError
-from mathverify.files import sync
+from mathverify.errors import CannotWrite
+from mathverify.files import is_full, sync
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 22
@@ -32,7 +31,7 @@ def cached_folder(parent: Path, key: str, build: Callable[[Path], None]) -> Path
 
     A folder is whole when every file in its manifest has the size and checksum that it was written with; anything
     else is made anew. One process builds at a time, the others wait; a process that is killed leaves nothing that
-    is mistaken for a result. Raises UserError when the folder cannot be written (read-only, full disk).
+    is mistaken for a result. Raises CannotWrite when the folder cannot be written (read-only, full disk).
     """
     from filelock import FileLock
 
@@ -102,9 +101,8 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _unwritable(parent: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = "the disk is full" if full else (error.strerror or type(error).__name__)
-    return UserError(
+def _unwritable(parent: Path, error: OSError) -> CannotWrite:
+    what = "the disk is full" if is_full(error) else (error.strerror or type(error).__name__)
+    return CannotWrite(
         f"cache folder {str(parent)!r}: {what}: free space or set data.cache_dir to a folder you can write"
     )

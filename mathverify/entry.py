@@ -32,7 +32,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mathverify.config import RunConfig
 from mathverify.engine.ranks import place
-from mathverify.errors import RunFailed, UserError
+from mathverify.errors import CannotWrite, RunFailed, UserError
+from mathverify.files import cannot_write, is_full, write_atomic
 from mathverify.printable import printable
 
 MOST_JOBS = 10_000
@@ -161,13 +162,15 @@ def _as_given(config: DictConfig) -> list[str]:
 
 def _redact_files(folder: Path) -> None:
     """Black out secrets in the config files that Hydra wrote; files without any are left alone."""
-    from mathverify.files import write_atomic
     from mathverify.records import redact
 
     for file in folder.glob("*.yaml"):
         text = file.read_text("utf-8")
         if (clean := str(redact(text))) != text:
-            write_atomic(file, clean.encode())
+            try:
+                write_atomic(file, clean.encode())
+            except CannotWrite:  # better no file than one with secrets
+                file.unlink()
 
 
 def _redact_logs() -> None:
@@ -310,7 +313,12 @@ def main(task: Callable[[DictConfig], Any]) -> None:
             raise
         sys.exit(report(UserError(f"{one_line(error)}: see --help for what can be set")))
     except OSError as error:
-        if _wants_traceback or error.filename is None:
+        if _wants_traceback:
+            raise
+        if is_full(error):  # under files that Hydra writes, whose errors do not say which
+            where = error.filename or "the run's folder (hydra.run.dir, hydra.sweep.dir)"
+            sys.exit(report(cannot_write(where, error)))
+        if error.filename is None:
             raise
         sys.exit(report(UserError(f"{error.filename}: {error.strerror}: use another folder or mend its permissions")))
     except KeyboardInterrupt:

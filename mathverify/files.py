@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mathverify.errors import CannotWrite
+
+SECONDS_OF_A_DAY = 86400.0
 
 
 @contextmanager
@@ -22,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: the disk or the permissions refuse. The temporary file is gone, and what was at `path` stands.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         sync(temporary)
@@ -47,6 +52,32 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
             file.write(content)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A hidden name of its own in the same folder, which says whose it is: .NAME.MACHINE.PID.RANDOM.tmp."""
+    return path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes that a kill cut short have left here.
+
+    A file of a process that runs on this machine stays. Whether one of another machine runs cannot be asked: its files
+    stay for a day.
+    """
+    for file in folder.glob(".*.*.*.*.tmp"):
+        machine, pid = file.name.split(".")[-4:-2]
+        with suppress(FileNotFoundError):  # it took its place just now, or another process removes it too
+            if machine == _machine():
+                over = not Path(f"/proc/{pid}").exists()
+            else:
+                over = time.time() - file.stat().st_mtime > SECONDS_OF_A_DAY
+            if over:
+                file.unlink()
+
+
+def _machine() -> str:
+    return platform.node().replace(".", "-") or "-"
+
+
 def sync(path: Path) -> None:
     """Ask the disk to hold a file's bytes, or a folder's entries, before going on."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -56,7 +87,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def cannot_write(path: Path, error: OSError) -> CannotWrite:
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(path: Path | str, error: OSError) -> CannotWrite:
     """What stopped `path` from being written, and how to go on."""
     remedy = "free space or choose another folder, then run the same command again: it continues"
     return CannotWrite(f"{path}: cannot write ({error.strerror or error}): {remedy}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from mathverify.records import RunRecord, Status
+from mathverify.records import RunRecord, Status, redact
 from mathverify.run import Run, Screen
 from mathverify.scoring import Metrics
 from mathverify.screen import SECONDS_BETWEEN_LINES, as_override, printable, share
@@ -126,7 +126,7 @@ class PackScreen(Screen):
         self.say(f"run {run.folder.name} ({record.name}) {said}; {sum(run.seconds.values()):.1f} s its share")
 
     def say(self, line: str) -> None:
-        self.words.print(printable(line), markup=False)
+        self.words.print(printable(str(redact(line))), markup=False)
 
     def _progress(self) -> Progress:
         if self._bars is None:

@@ -12,9 +12,9 @@ import math
 import os
 import platform
 import re
-import secrets
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 import mathverify
 from mathverify.config import RunConfig, to_plain
-from mathverify.errors import UserError
-from mathverify.files import write_atomic
+from mathverify.errors import CannotWrite, UserError
+from mathverify.files import is_full, remove_leftovers, temporary_beside, write_atomic
 from mathverify.scoring import Metrics
 
 if TYPE_CHECKING:
@@ -336,10 +336,8 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
             f"{path}: already holds another run ({_difference(record.config, to_plain(config))}): "
             "choose another run folder (hydra.run.dir=...), or delete this one"
         )
-    for folder in (path, path / CHECKPOINT, path / "adapter"):
-        for leftover in folder.glob(".*.tmp"):
-            if not _is_alive(leftover.suffixes):
-                leftover.unlink(missing_ok=True)
+    for folder in (path, path / CHECKPOINT, path / "adapter", path / ".hydra"):
+        remove_leftovers(folder)
     if record is None:
         return FolderState.nothing
     if record.status in (Status.completed, Status.pruned):
@@ -348,26 +346,23 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
     return FolderState.resumable if checkpoint.is_dir() and any(checkpoint.iterdir()) else FolderState.nothing
 
 
-def _is_alive(suffixes: list[str]) -> bool:
-    """Whether the process that a temporary file names (.name.PID.hex.tmp) is running on this machine."""
-    pid = suffixes[-3].lstrip(".") if len(suffixes) >= 3 else ""
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
-
-
 def check_writable(path: Path) -> None:
-    """Refuse a path that is a file, or whose nearest existing folder does not let us write (tried, not asked)."""
+    """Refuse a path that is a file, or whose nearest folder does not let us write or has no room (tried, not asked)."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise UserError(f"{path}: {nearest} is a file, not a folder: choose another run folder (hydra.run.dir=...)")
-    probe = nearest / f".probe.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    probe = temporary_beside(nearest / "probe")
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        with probe.open("xb") as file:
+            file.write(bytes(4096))  # an empty file finds room on a full disk
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}): choose another run folder (hydra.run.dir=...), "
-            "or mend its permissions"
+        remedy = "free space" if is_full(error) else "mend its permissions"
+        raise CannotWrite(
+            f"{path}: cannot be written ({error.strerror}): choose another run folder (hydra.run.dir=...), or {remedy}"
         ) from None
+    finally:
+        with suppress(OSError):  # there is none where nothing can be made
+            probe.unlink(missing_ok=True)
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -31,7 +31,7 @@ from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.engine.ranks import Begin, Ranks, Score
 from mathverify.engine.trial import StepReport, Trial, TrialState
-from mathverify.errors import Interrupted
+from mathverify.errors import CannotWrite, Interrupted
 from mathverify.examples.sources import rows_fingerprint
 from mathverify.judge import Judge, nobody
 from mathverify.prepare import Workbench
@@ -69,8 +69,8 @@ class Run:
 
     seconds: by phase; what runs do together is shared among them, a round of steps by the tokens each has in it, a
     validation or test evenly, so that the sum over all runs is the time that passed. peak: bytes, of the whole process
-    while the run was in it. most_beside: how many runs it shared a pack with, at most. error: what ended it from
-    outside (its disk, its study), for whoever started it; its record then stays as it was and it can be continued.
+    while the run was in it. most_beside: how many runs it shared a pack with, at most. error: what broke it, for who
+    started it. Its record then says failed; after a disk that refused it stays as it was, and the run can be continued.
     """
 
     config: RunConfig
@@ -255,7 +255,7 @@ class PackRunner:
 
     @contextmanager
     def _guarding(self, run: Run) -> Iterator[None]:
-        """A full disk or a broken study of one run ends that run only."""
+        """What breaks within (a full disk, a row that fits no pass) is this run's trouble only."""
         try:
             yield
         except Interrupted:
@@ -280,7 +280,7 @@ class PackRunner:
             self._close(run, Status.failed, str(error))
 
     def _interrupt(self, reason: str) -> None:
-        """Every open run keeps its checkpoint; one that could not be saved keeps what it had."""
+        """Every open run keeps its checkpoint; one that broke meanwhile ends with what it had."""
         for run in list(self.open.values()):
             if run.error is None:
                 self._close(run, Status.interrupted, reason)
@@ -344,8 +344,11 @@ class PackRunner:
         self._leave(run, status)
 
     def _drop(self, run: Run) -> None:
-        """End a run whose folder or study broke: its record stays as it was."""
-        self._leave(run, Status.failed)
+        """End a run that broke. One whose disk refused goes on where it stands once that is mended."""
+        if isinstance(run.error, CannotWrite):
+            self._leave(run, Status.failed)
+        else:
+            self._close(run, Status.failed, str(run.error))
 
     def _leave(self, run: Run, status: Status) -> None:
         """The run is over for this pack. A slow server must not hold the others up: see `uploads_in_background`."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mathverify.errors import UserError
-from mathverify.files import write_atomic
+from mathverify.files import SECONDS_OF_A_DAY, remove_leftovers, temporary_beside, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -32,3 +35,20 @@ def test_files_have_the_users_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_leftovers_go_and_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    program = "from pathlib import Path; from mathverify.files import temporary_beside as t; t(Path('x.json')).touch()"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    (theirs,) = tmp_path.iterdir()  # that process is gone
+    (mine := temporary_beside(tmp_path / "x.json")).touch()
+    machine, pid = theirs.name.split(".")[-4:-2]
+    elsewhere, old = (tmp_path / f".x.json.not-{machine}.{pid}.{n}.tmp" for n in ("0a", "0b"))
+    elsewhere.touch()
+    old.touch()
+    os.utime(old, (time.time() - SECONDS_OF_A_DAY - 1,) * 2)
+    for name in ("x.json", ".lock", ".x.tmp", "a.b.c.d.tmp"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {mine.name, elsewhere.name, "x.json", ".lock", ".x.tmp", "a.b.c.d.tmp"}

@@ -12,7 +12,7 @@ import torch
 
 from mathverify.base import resolve_device
 from mathverify.entry import one_line
-from mathverify.errors import Interrupted, RunFailed
+from mathverify.errors import CannotWrite, Interrupted, RunFailed
 from mathverify.pack_screen import PackScreen
 from mathverify.prepare import Workbench, prepare
 from mathverify.progress import shown
@@ -77,7 +77,7 @@ class Packs:
         self.first = self.held[0]
         crew = [ticket for ticket in self.held if ticket.base == self.first.base][: self.most]
         self.held = [ticket for ticket in self.held if ticket not in crew]
-        crew = [ticket for ticket in crew if ticket.has_begun or ticket.begin()]
+        crew = [ticket for ticket in crew if self._begin(ticket)]
         runs = self._opened(crew) if crew else []
         if not runs:
             return
@@ -88,6 +88,14 @@ class Packs:
             raise
         except Exception as error:
             self._broke_up(error)
+
+    def _begin(self, ticket: Ticket) -> bool:
+        """Whether the ticket's job is under way."""
+        try:
+            return ticket.has_begun or ticket.begin()
+        except CannotWrite as error:  # those aboard finish first
+            self._trouble = self._trouble or error
+            return False
 
     def _opened(self, crew: list[Ticket]) -> list[Run]:
         """The runs of these tickets on a bench of their own; what has no room there is put back."""
@@ -103,7 +111,7 @@ class Packs:
             raise
         except Exception as error:  # what is wrong with the base or the data is wrong for all of them
             for ticket in crew:
-                ticket.end(error=error)
+                self._end(ticket, error=error)
             return []
         crew, left = crew[: self.bench.at_once], crew[self.bench.at_once :]
         self.held = left + self.held
@@ -124,10 +132,10 @@ class Packs:
             if run is None:
                 record = read_record(ticket.folder)
                 self.screen.finished_before(ticket.number, record)
-                ticket.end(value=_value(record))
+                self._end(ticket, value=_value(record))
                 return None
         except Exception as error:
-            ticket.end(error=error)
+            self._end(ticket, error=error)
             return None
         run.spend("prepare", seconds + time.perf_counter() - start)
         self.aboard[run] = ticket
@@ -137,11 +145,11 @@ class Packs:
 
     def _follow(self) -> Run | None:
         """A run for a free place, if there is a place and a ticket on this base."""
-        while len(self.aboard) < self.places and not self.stop():
+        while len(self.aboard) < self.places and self._trouble is None and not self.stop():
             ticket = self._next()
             if ticket is None:
                 return None
-            if (ticket.has_begun or ticket.begin()) and (run := self._open(ticket)) is not None:
+            if self._begin(ticket) and (run := self._open(ticket)) is not None:
                 return run
         return None
 
@@ -150,7 +158,7 @@ class Packs:
             if ticket.base == self.first.base:
                 self.held.remove(ticket)
                 return ticket
-        while self._trouble is None and len(self.aboard) + len(self.held) < (self.most or 1):
+        while len(self.aboard) + len(self.held) < (self.most or 1):
             try:
                 ticket_or_none = self.take()
             except Exception as error:  # the study's trouble; those aboard finish first
@@ -164,20 +172,24 @@ class Packs:
 
     def _closed(self, run: Run) -> None:
         ticket = self.aboard.pop(run)
+        match run.record.status:
+            case _ if run.error is not None:
+                self._end(ticket, error=run.error)
+            case Status.interrupted if self.stop():
+                ticket.release()
+            case Status.interrupted:
+                self._broken.append(ticket)
+            case Status.failed:
+                self._end(ticket, error=RunFailed(run.record.reason))
+            case _:
+                self._end(ticket, value=_value(run.record))
+
+    def _end(self, ticket: Ticket, value: float | None = None, error: Exception | None = None) -> None:
+        """Its job is over. What the disk or the study's storage has against that ends the work, after those aboard."""
         try:
-            match run.record.status:
-                case _ if run.error is not None:
-                    ticket.end(error=run.error)
-                case Status.interrupted if self.stop():
-                    ticket.release()
-                case Status.interrupted:
-                    self._broken.append(ticket)
-                case Status.failed:
-                    ticket.end(error=RunFailed(run.record.reason))
-                case _:
-                    ticket.end(value=_value(run.record))
-        except Exception as error:
-            self._trouble = self._trouble or error
+            ticket.end(value, error)
+        except Exception as trouble:
+            self._trouble = self._trouble or trouble
 
     def _broke_up(self, error: Exception) -> None:
         """Several runs went under together: they go on from their checkpoints, half as many at once, down to one, which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -34,17 +35,19 @@ class SeededByTrial(BaseSampler):
 
     A sampler that lives as long as its process starts its random stream anew after a resume and proposes its first
     points again; and two workers with one seed propose the same points. Here a proposal depends on nothing but the
-    seed, the number and the trials told so far.
+    seed, the number and the trials told so far. A point that a dying process left half drawn is completed as it would
+    have been, except by Optuna's GP and QMC samplers, which take what is drawn into account.
     """
 
     def __init__(self, make: Callable[[int | None], BaseSampler], seed: int | None) -> None:
         self._make, self._seed = make, seed
         self._number: int | None = None
+        self._drawn: set[str] = set()  # of this trial: what needs no draw from its stream any more
         self.inner = make(seed)
 
     def _for(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number != self._number:
-            self._number = trial.number
+            self._number, self._drawn = trial.number, set(trial.system_attrs.get("fixed_params", {}))
             # A quasi-random sequence is one, as is a shuffled grid: the place in it, not its seed, follows the number.
             keep = self._seed is None or isinstance(self.inner, QMCSampler | GridSampler)
             self.inner = self._make(self._seed if keep else trial_seed(self._seed, trial.number))
@@ -59,12 +62,28 @@ class SeededByTrial(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._for(trial).sample_relative(study, trial, search_space)
+        found = self._for(trial).sample_relative(study, trial, search_space)
+        self._drawn |= found.keys()
+        return found
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._for(trial).sample_independent(study, trial, param_name, param_distribution)
+        inner = self._for(trial)
+        self._redraw(inner, study, trial)
+        self._drawn.add(param_name)
+        return inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def _redraw(self, inner: BaseSampler, study: Study, trial: FrozenTrial) -> None:
+        """A trial whose process died while it was proposed has some values: the stream goes on behind their draws."""
+        then = copy.copy(trial)
+        then.params, then.distributions = {}, {}
+        for name, distribution in trial.distributions.items():
+            if name not in self._drawn and not distribution.single():
+                inner.sample_independent(study, then, name, distribution)
+            self._drawn.add(name)
+            then.params = then.params | {name: trial.params[name]}
+            then.distributions = then.distributions | {name: distribution}
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         if not isinstance(self.inner, GridSampler):  # which would call study.stop(), forbidden outside of optimize()

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from mathverify.errors import UserError
-from mathverify.files import write_atomic
+from mathverify.files import remove_leftovers, write_atomic
 from mathverify.records import RESULT, redact
 from mathverify.sweep.samplers import make_pruner, make_sampler
 from mathverify.sweep.settings import Settings
@@ -140,6 +140,7 @@ def open_session(
         if not (folder / MARK).exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / MARK, facts.id.encode())
+        remove_leftovers(folder)
         return study, facts
 
     study, facts = alone(storage, name, folder, make_or_check)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mathverify.config import RunConfig
 from mathverify.errors import CannotWrite, UserError
-from mathverify.files import write_atomic
+from mathverify.files import cannot_write, is_full, write_atomic
 from mathverify.records import redact
 from mathverify.sweep import report
 from mathverify.sweep.attempt import TrialTask, remember
@@ -92,6 +92,10 @@ def sweep(
                 _run_all(proposer, launcher, config)
         except (KeyboardInterrupt, SystemExit):
             _interrupted(proposer)
+        except CannotWrite:  # no trial's fault: those in hand go on when there is space, and no try is counted
+            with suppress(UserError), briefly():
+                proposer.give_back()
+            raise
         return None if is_worker() else _close(session, proposer)
 
 
@@ -199,6 +203,8 @@ def _launch(proposer: Proposer, launcher: Any, jobs: Sequence[Job]) -> None:
             [list(job.overrides) for job in jobs], initial_job_idx=jobs[0].number
         )
     except Exception as trouble:  # a launcher that lost a job raises; the study knows how each trial ended
+        if isinstance(trouble, OSError) and is_full(trouble):  # under the files that Hydra writes for a job
+            raise cannot_write(proposer.session.folder, trouble) from trouble
         words = " ".join(str(redact(str(trouble))).split())[:300]
         proposer.launch_failed(jobs, f"the launcher failed: {type(trouble).__name__}: {words}")
         return

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.errors import CannotWrite
+from mathverify.files import cannot_write
 from mathverify.judge import Judge, nobody
 from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
 from mathverify.sweep.grouping import base_key
@@ -75,15 +76,25 @@ class Ticket:
         return nobody if self.attempt is None else self.attempt.judge
 
     def begin(self) -> bool:
-        """Make the job's folder as Hydra does, and claim its trial; False when that failed, and the job has ended."""
+        """Make the job's folder as Hydra does, and claim its trial; False when that failed, and the job has ended.
+
+        Raises:
+            CannotWrite: the disk refuses; the job has not begun.
+        """
         context = HydraContext(self.context.config_loader, cast(Any, _OnlyStart(self.context.callbacks)))
-        self.job = run_job(
-            task_function=self._opened,
-            config=self.composed,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-            hydra_context=context,
-        )
+        try:
+            job = run_job(
+                task_function=self._opened,
+                config=self.composed,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+                hydra_context=context,
+            )
+        except OSError as error:
+            raise cannot_write(Path(self.composed.hydra.runtime.output_dir), error) from error
+        if isinstance(job._return_value, CannotWrite):
+            raise job._return_value
+        self.job = job
         if self.job.status is JobStatus.FAILED:
             self.end(error=self.job._return_value)
             return False

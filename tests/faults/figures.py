@@ -19,7 +19,12 @@ from tests.faults.results import RESULTS, read_result, write_result
 ROOT = Path(__file__).parents[2]
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- figures: written by `python -m tests.faults.figures` -->", "<!-- end of figures -->"
-SCRIPTS = (["tests.faults.kills", "--times", "100"], ["tests.faults.million_rows"], ["tests.faults.determinism"])
+SCRIPTS = (
+    ["tests.faults.kills", "--times", "100"],
+    ["tests.faults.sigterm"],
+    ["tests.faults.million_rows"],
+    ["tests.faults.determinism"],
+)
 WHAT = {
     "test_bad_input": "bad input: config, data, models, studies, run folders; one line, exit code 2, nothing left",
     "test_fuzz": "fuzzing: rows, command lines, result.json (hypothesis; each test draws 150 examples or more)",
@@ -59,7 +64,7 @@ def outcomes(report: Path) -> dict[str, dict[str, int]]:
 
 def table() -> str:
     """The table as Markdown; a figure that was never measured says so."""
-    rows = [*_kills(), *_million(), *_determinism(), *_tests()]
+    rows = [*_kills(), *_sigterm(), *_million(), *_determinism(), *_tests()]
     lines = ["| what | figures | made by |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
@@ -83,6 +88,15 @@ def _kills() -> Iterator[tuple[str, str, str]]:
         f"Moments: {by('by_moment')}. {_made(found)}",
         command,
     )
+
+
+def _sigterm() -> Iterator[tuple[str, str, str]]:
+    what, command = "SIGTERM in a step of 512 examples", "`python -m tests.faults.sigterm`"
+    if (found := read_result("sigterm")) is None:
+        yield what, "not measured", command
+        return
+    seconds = ", ".join(f"{name} {count}" for name, count in found["seconds"].items())
+    yield what, f"seconds until all is saved and over: {seconds}. {_made(found)}", command
 
 
 def _million() -> Iterator[tuple[str, str, str]]:

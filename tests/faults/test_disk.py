@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,19 @@ import pytest
 from mathverify.records import Status, read_predictions, read_record
 
 from .conftest import TINY, Command
-from .kills import RUN, SPACE, STUDY, whole
+from .kills import (
+    PACK,
+    RUN,
+    SPACE,
+    STUDY,
+    SWEEP,
+    Scenario,
+    end_of,
+    finished,
+    require_same,
+    told,
+    whole,
+)
 
 MIB = 1 << 20
 LENGTH = ["lora=r4", "train.max_steps=40", "train.checkpoint_every=5", "train.eval_every=null"]
@@ -114,23 +127,116 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(
     assert ours.scores.tobytes() == theirs.scores.tobytes()
 
 
+SWEEP_MOMENTS = {
+    "checkpoint": ("mathverify.run:save_checkpoint", 5),
+    "study": ("mathverify.sweep.storage:Journal.append_logs", 25),
+    "metrics": ("mathverify.tracking:Tracker.log", 5),
+    "predictions": ("mathverify.records:write_predictions", 2),
+    "result": ("mathverify.records:write_record", 4),
+    "new folder": ("mathverify.run:_open_locked", 3),
+    "Hydra's files": ("hydra.core.utils:_save_config", 4),
+    "last words": ("mathverify.sweep.report:write_results", 1),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["mathverify.run:save_checkpoint", "mathverify.sweep.storage:Journal.append_logs"])
+@pytest.mark.parametrize("scenario", [SWEEP, PACK], ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("moment", SWEEP_MOMENTS)
 def test_a_full_disk_ends_a_sweep_and_costs_it_no_trial(
-    moment: str, disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    moment: str, scenario: Scenario, disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sweep = [*STUDY, *TINY, *SPACE, "train.checkpoint_every=2", "hydra.sweep.dir=disk/s"]
+    sweep, calm = [*scenario.arguments, f"data.cache_dir='{tmp_path}/cache'"], tmp_path / "calm"
+    calm.mkdir()
+    assert command(*sweep, cwd=calm).code == 0
     with monkeypatch.context() as patch:
-        full_at(patch, disk, moment, 4 if "run" in moment else 25)
-        ended = command(*sweep)
-    assert ended.code == 2, ended
-    assert "No space left" in ended.err
-    assert len(ended.err.strip().splitlines()) == 1, ended.err
-    assert command(*sweep).code == 2  # the disk is full still
+        full_at(patch, disk, *SWEEP_MOMENTS[moment])
+        ended = command(*sweep, cwd=disk)
+    done = finished(scenario, disk)
+    for attempt in (ended, command(*sweep, cwd=disk)):  # the disk is full still
+        assert attempt.code == 2, attempt
+        assert "No space left" in attempt.err
+        assert "free space" in attempt.err
+        assert len(attempt.err.strip().splitlines()) == 1, attempt.err
+    whole(scenario, disk)
+    assert {state for state, *_ in told(scenario, disk).values()} <= {"COMPLETE"}
     (disk / "filler").unlink()
-    ended = command(*sweep)
+    ended = command(*sweep, cwd=disk)
     assert ended.code == 0, ended
     assert "3 trials: 3 completed, 0 pruned, 0 failed" in ended.out
+    assert done.items() <= finished(scenario, disk).items()
+    require_same(scenario, end_of(scenario, disk), end_of(scenario, calm))
+
+
+@pytest.mark.parametrize("launcher", ["basic", "pack"])
+def test_a_full_disk_under_the_cache_ends_a_sweep_and_costs_it_no_trial(
+    launcher: str, disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sweep = [*STUDY, *TINY, *SPACE, f"hydra/launcher={launcher}", "data.cache_dir=disk/cache"]
+    monkeypatch.setattr("mathverify.prepare._warm", OrderedDict())
+    fill(disk)
+    ended = command(*sweep)
+    assert ended.code == 2, ended
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    assert "disk/cache" in ended.err
+    assert told(SWEEP, tmp_path) == {}
+    (disk / "filler").unlink()
+    ended = command(*sweep)
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in ended.out
+
+
+@pytest.mark.parametrize("launcher", ["basic", "pack"])
+def test_tries_that_a_full_disk_ends_are_not_counted(
+    launcher: str, disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study lies elsewhere, where it can be written."""
+    study = [*STUDY, *TINY, *SPACE, "hydra.sweeper.storage=journal://study.journal", "hydra.sweeper.max_attempts=1"]
+    sweep = [*study, f"hydra/launcher={launcher}", "hydra.sweep.dir=disk/s"]
+    assert command(*sweep, "hydra.sweeper.n_trials=1").code == 0
+    for moment in ("hydra.core.utils:_save_config", "mathverify.run:_open_locked"):
+        with monkeypatch.context() as patch:
+            full_at(patch, disk, moment, 1)
+            ended = command(*sweep)
+        assert ended.code == 2, ended
+        (disk / "filler").unlink()
+    ended = command(*sweep)
+    assert "3 trials: 3 completed, 0 pruned, 0 failed" in ended.out
+
+
+@pytest.mark.parametrize("what", [["hydra.run.dir=disk/new"], ["-m", "hydra.sweep.dir=disk/grid"]])
+def test_a_disk_that_is_full_already_is_told_before_anything_is_made(
+    what: list[str], disk: Path, command: Command
+) -> None:
+    fill(disk)
+    ended = command(*TINY, *what)
+    assert ended.code == 2, ended
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    for part in ("disk/", "No space left", "free space"):
+        assert part in ended.err
+    assert [item.name for item in disk.iterdir()] == ["filler"]
+
+
+def test_a_disk_that_fills_up_under_hydras_own_files_is_one_line(
+    disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        full_at(patch, disk, "hydra.core.utils:_save_config", 2)
+        ended = command(*TINY, "hydra.run.dir=disk/run")
+    assert ended.code == 2, ended
+    assert len(ended.err.strip().splitlines()) == 1, ended.err
+    for part in ("No space left", "free space", "hydra.run.dir"):
+        assert part in ended.err
+    (disk / "filler").unlink()
+    assert command(*TINY, "hydra.run.dir=disk/run").code == 0
+
+
+def test_a_full_disk_leaves_no_secret(disk: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra writes its files with it, and there is no room to write them without."""
+    monkeypatch.setenv("MY_TOKEN", "not-for-anybody")
+    with monkeypatch.context() as patch:
+        full_at(patch, disk, "mathverify.entry:_redact_files", 1)
+        command(*TINY, "name=not-for-anybody", "hydra.run.dir=disk/run")
+    texts = [path.read_text("utf-8") for path in (disk / "run").rglob("*.yaml")]
+    assert not any("not-for-anybody" in text for text in texts)
 
 
 def test_a_full_disk_under_the_cache_is_told(disk: Path, command: Command) -> None:

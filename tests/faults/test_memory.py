@@ -1,7 +1,6 @@
 """Out-of-memory injected into every kind of pass of a real run: it comes out the same, or one line says what to do.
 
-That reading rows stays within bounds is shown in tests/examples/test_table.py and, for a million rows, by
-`python -m tests.faults.million_rows`.
+And a million rows under a cap on the host's memory. That it does not grow with the file is in tests/examples/test_table.py.
 """
 
 from __future__ import annotations
@@ -106,13 +105,62 @@ def test_a_pass_that_does_not_fit_is_repeated_smaller_with_the_same_result(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_when_not_even_one_segment_fits_a_line_says_what_to_do(kind: str, command: Command, crowd: Crowd) -> None:
+def test_when_not_even_one_segment_fits_a_line_says_what_to_do(
+    kind: str, command: Command, crowd: Crowd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = [*TINY, *RUN, *KINDS[kind], "hydra.run.dir=run"]
     crowd(kind, True)
-    ended = command(*TINY, *RUN, *KINDS[kind])
+    ended = command(*run)
     assert ended.code == 2, ended
     assert len(ended.err.strip().splitlines()) == 1, ended.err
     for part in ("out of memory", "train.memory=lean", "prompt.max_length"):
         assert part in ended.err
+    failed = read_record(tmp_path / "run")
+    assert failed.status is Status.failed
+    assert failed.finished is not None
+    assert ended.err.strip() == f"error: {failed.reason}"
+    monkeypatch.undo()  # there is memory again
+    assert command(*run).code == 0
+    assert read_record(tmp_path / "run").status is Status.completed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "at_once"), [("basic", 1), ("pack", 3)])
+@pytest.mark.parametrize("kind", ["training", "validation", "generation"])
+def test_a_trial_that_fits_no_pass_is_told_so_and_the_others_go_on(
+    kind: str, launcher: str, at_once: int, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever has to do with rank 8 is too large."""
+    from mathverify.engine import generate
+
+    real_hidden, real_write = PackedModel.hidden, generate._write
+
+    def require_room(model: PackedModel, slots: set[int | None]) -> None:
+        assert model.host.active is not None
+        adapters = [model.host.active.adapters[slot] for slot in slots if slot is not None]
+        if any(adapter is not None and adapter.lora.rank == 8 for adapter in adapters):
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    def hidden(self: PackedModel, layout: Any, last_only: bool = False) -> Any:
+        if kind == ("training" if self._now and self._now[1] else "validation"):
+            require_room(self, {segment.slot for segment in layout.segments})
+        return real_hidden(self, layout, last_only)
+
+    def write(model: Any, *rest: Any) -> Any:
+        if kind == "generation":
+            require_room(model, {0})
+        return real_write(model, *rest)
+
+    monkeypatch.setattr(PackedModel, "hidden", hidden)
+    monkeypatch.setattr(generate, "_write", write)
+    study = ["-m", "hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.study_name=s"]
+    study += ["hydra.sweeper.sampler.seed=1", f"hydra/launcher={launcher}", f"hydra.sweeper.n_jobs={at_once}"]
+    ended = command(*study, *TINY, *RUN[1:], *KINDS[kind], "lora=r4", "lora.rank=choice(2,4,8)")
+    assert ended.code == 3, ended
+    assert "3 trials: 2 completed, 0 pruned, 0 failed, 1 out of memory" in ended.out
+    found = {r.config["lora"]["rank"]: r for r in map(read_record, (tmp_path / "multirun/s").glob("[0-9]"))}
+    assert {rank: r.status.value for rank, r in found.items()} == {2: "completed", 4: "completed", 8: "failed"}
+    assert "nothing is left to split" in str(found[8].reason)
 
 
 def test_no_memory_for_the_optimizer_fails_the_run_with_step_and_cause(
@@ -152,11 +200,13 @@ def test_other_ways_to_say_out_of_memory_count_too(text: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
-def test_a_table_is_read_under_a_cap_far_below_its_text(ending: str) -> None:
-    """300,000 rows of 740 bytes are 212 MiB of text; `python -m tests.faults.million_rows` does a million."""
+def test_a_million_rows_are_read_checked_and_split_under_a_cap_below_their_text(ending: str) -> None:
+    """A million rows of 740 bytes are 706 MiB of text, and 852 MiB as jsonl."""
     from .million_rows import measure
 
-    assert measure(300_000, cap_mib=512, ending=ending)["rows"] == 300_000
+    found = measure(1_000_000, cap_mib=512, ending=ending)
+    assert found["rows"] == 1_000_000
+    assert 0 < found["mib_above_start"] < 512
 
 
 def test_the_cap_is_one() -> None:

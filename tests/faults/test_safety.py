@@ -205,17 +205,19 @@ def _words() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["run", "grid", "study", "failing run"])
+@pytest.mark.parametrize("kind", ["run", "grid", "grid as a pack", "study", "study as a pack", "failing run"])
 def test_no_secret_is_written_or_shown(kind: str, tmp_path: Path) -> None:
     more = {
         "run": ["tracking=wandb", "tracking.mode=offline"],
         "grid": ["-m", "seed=1,2"],
+        "grid as a pack": ["-m", "seed=1,2", "hydra/launcher=pack"],
         "study": [*STUDY, *SPACE, "hydra.sweeper.n_trials=1"],
+        "study as a pack": [*STUDY, *SPACE, "hydra.sweeper.n_trials=1", "hydra/launcher=pack"],
         "failing run": [f"model.path=https://me:planted-in-url@127.0.0.1:9/{SECRETS['HF_TOKEN']}"],
     }[kind]
     # A study keeps the overrides of a trial, which are what makes it again: there, secrets come from the environment.
     words = ["tracking.name=${oc.env:HF_TOKEN}", "tracking.tags=[${oc.env:DATABASE_PASSWORD}]"]
-    ended = in_a_process(*TINY, *(words if kind == "study" else _words()), *more, cwd=tmp_path, **SECRETS)
+    ended = in_a_process(*TINY, *(words if "study" in kind else _words()), *more, cwd=tmp_path, **SECRETS)
     assert ended.code == (2 if kind == "failing run" else 0), ended
     assert _leaks(tmp_path, ended.out + ended.err) == []
 

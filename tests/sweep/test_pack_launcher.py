@@ -21,7 +21,7 @@ import pytest
 from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.engine.pack import Pack
-from mathverify.errors import UserError
+from mathverify.errors import CannotWrite, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
 from mathverify.screen import SCREEN
 from mathverify.sweep.grouping import by_base, difference
@@ -223,7 +223,7 @@ def test_a_run_whose_disk_is_full_ends_alone_and_can_be_continued(
 
     def full(trial: Any, folder: Path, *rest: Any) -> Path:
         if folder.parent.name == "1":
-            raise UserError(f"{folder}: cannot write (no space): free space")
+            raise CannotWrite(f"{folder}: cannot write (no space): free space")
         return real(trial, folder, *rest)
 
     monkeypatch.setattr("mathverify.run.save_checkpoint", full)
