@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ class Base:
 
     model: in evaluation mode, no parameter requires a gradient. dtype: of activations and of unquantised weights.
     fingerprint: hex digest that changes with the weights' origin (see `weights_fingerprint`). quantization: how the
-    decoder's linears are to be stored; FP8 is made from dense weights by the engine.
+    decoder's linears are to be stored; FP8 is made from dense weights by the engine. views: what was made of it for as
+    long as it is warm, by type.
     """
 
     model: PreTrainedModel
@@ -37,13 +39,16 @@ class Base:
     dtype: torch.dtype
     fingerprint: str
     quantization: QuantizationKind = QuantizationKind.none
+    views: dict[type, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 _warm: dict[str, Base] = {}
 
 
 def load_base(config: RunConfig) -> Base:
-    """The base that `config` names, from memory if this process has loaded it before.
+    """The base that `config` names, from memory if it is warm.
+
+    On a CPU every base that this process has loaded stays warm, on a GPU the last one.
 
     Raises:
         UserError: the model cannot be found, reached, read, or put on the device as asked.
@@ -55,11 +60,27 @@ def load_base(config: RunConfig) -> Base:
     key = repr((config.model, config.quantization, device, dtype))
     if key not in _warm:
         _refuse_impossible(config.quantization, device)
+        if not _has_room_for_two(device):
+            _let_go()
         model = _load_model(config.model, config.quantization, device, dtype)
         model.requires_grad_(False).eval()
         kind = config.quantization.kind
         _warm[key] = Base(model, torch.device(device), dtype, weights_fingerprint(config.model), kind)
     return _warm[key]
+
+
+def _has_room_for_two(device: str) -> bool:
+    return not device.startswith("cuda")
+
+
+def _let_go() -> None:
+    """No base stays warm: whatever is prepared next is planned in all of the memory."""
+    import torch
+
+    _warm.clear()
+    gc.collect()  # a base and its views know each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

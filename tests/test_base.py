@@ -8,15 +8,24 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mathverify import tiny
-from mathverify.base import load_base, load_tokenizer, resolve_device, resolve_dtype, weights_fingerprint
+from mathverify.base import (
+    _has_room_for_two,
+    load_base,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    weights_fingerprint,
+)
 from mathverify.config import Dtype, ModelConfig, RunConfig
 from mathverify.errors import UserError
 
@@ -187,3 +196,20 @@ def hub() -> Iterator[str]:
 )
 def test_what_the_hub_refuses_is_explained(name: str, remedy: str, hub: str, tmp_path: Path) -> None:
     assert remedy in load_from_hub(name, tmp_path, HF_ENDPOINT=hub)
+
+
+def test_where_there_is_room_for_one_base_the_last_is_let_go_with_all_that_was_made_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mathverify.engine.model import adopt
+
+    monkeypatch.setattr("mathverify.base._warm", {})
+    monkeypatch.setattr("mathverify.base._has_room_for_two", lambda device: False)
+    first = load_base(local(folder))
+    assert adopt(first) is adopt(load_base(local(folder)))  # warm: nothing is made twice
+    seen: list[weakref.ref[Any]] = [weakref.ref(first.model), weakref.ref(adopt(first))]
+    del first
+    load_base(RunConfig())
+    assert [one() for one in seen] == [None, None]
+    assert _has_room_for_two("cpu")
+    assert not _has_room_for_two("cuda:0")

@@ -138,10 +138,8 @@ class PackedModel:
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
     def dense_bytes(self) -> int:
-        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already.
-
-        None for FP8, whose weights are not made dense.
-        """
+        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already; 0 for
+        FP8, whose weights are not made dense."""
         if self.base.quantization is QuantizationKind.fp8:
             return 0
         width = self.base.dtype.itemsize
@@ -178,14 +176,12 @@ class PackedModel:
             layer.training = wanted  # transformers recomputes in training mode only; the layer's children stay in eval
 
 
-_adopted: dict[int, PackedModel] = {}
-
-
 def adopt(base: Base) -> PackedModel:
     """The engine's view of a base, made once and kept as long as the base is warm."""
-    if id(base.model) not in _adopted:
-        _adopted[id(base.model)] = PackedModel(base)
-    return _adopted[id(base.model)]
+    if PackedModel not in base.views:
+        base.views[PackedModel] = PackedModel(base)
+    view: PackedModel = base.views[PackedModel]
+    return view
 
 
 def _logit_finish(config: Any) -> Any:

@@ -1,0 +1,78 @@
+"""What the planner says and plans, on a device whose memory is made up. Against
+measured peaks: tests/benchmarks/gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mathverify.base import load_base
+from mathverify.config import MemoryMode, QuantizationConfig, QuantizationKind, RunConfig
+from mathverify.engine.budget import BudgetPlan, plan_budget
+from mathverify.engine.model import PackedModel
+
+from .conftest import make_config
+
+GIB = 2**30
+Plan = Callable[..., BudgetPlan]
+
+
+def step(**train: Any) -> RunConfig:
+    """Four examples a step."""
+    return make_config(batch_size=4, grad_accumulation=1, **train)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, fresh_bases: None) -> Plan:
+    """Plans for the tiny base in NF4 as if it lay on a GPU of `total` bytes, of which `free` are free."""
+    model = PackedModel(
+        load_base(RunConfig(quantization=QuantizationConfig(kind=QuantizationKind.nf4, double_quant=True)))
+    )
+
+    def planned(config: RunConfig, free: int, total: int = 16 * GIB, longest: int = 100, trials: int = 1) -> BudgetPlan:
+        cuda: Any = SimpleNamespace(
+            empty_cache=lambda: None,
+            mem_get_info=lambda device: (free, total),
+            memory_reserved=lambda device: 0,
+            memory_allocated=lambda device: 0,
+        )
+        monkeypatch.setattr("mathverify.engine.budget.torch", SimpleNamespace(cuda=cuda, float32=torch.float32))
+        monkeypatch.setattr(model, "device", SimpleNamespace(type="cuda"))
+        monkeypatch.setattr(model, "lend_head", lambda wanted: None)
+        monkeypatch.setattr(model, "keep_dense", lambda: None)
+        return plan_budget(model, config, longest, trials)
+
+    return planned
+
+
+def test_with_room_a_pass_holds_a_whole_step_and_dense_weights_are_kept(plan: Plan) -> None:
+    found = plan(step(), free=8 * GIB)
+    assert found.tokens == 400
+    assert found.text.startswith("needs 8.")  # what others take is counted as well
+    assert found.text.endswith("of 16 GiB: 400 tokens a pass, dequantised weights kept")
+
+
+def test_with_less_room_passes_are_smaller_and_never_smaller_than_the_longest_row(plan: Plan) -> None:
+    roomy = plan(step(), free=8 * GIB)
+    fixed, token = roomy.fixed_bytes, roomy.token_bytes
+    tight = plan(step(), free=int((fixed + 250 * token) / 0.92))
+    assert 150 < tight.tokens <= 250
+    assert "kept" not in tight.text
+    assert plan(step(), free=fixed).tokens == 100
+
+
+def test_more_trials_need_more_and_a_budget_that_was_asked_for_is_taken(plan: Plan) -> None:
+    one, eight = (plan(step(), free=8 * GIB, trials=trials) for trials in (1, 8))
+    assert eight.tokens == 8 * one.tokens
+    assert eight.fixed_bytes > one.fixed_bytes
+    assert plan(step(token_budget=222), free=8 * GIB).tokens == 222
+
+
+def test_lean_keeps_little_for_a_token_and_nothing_dense(plan: Plan) -> None:
+    one, other = plan(step(memory=MemoryMode.lean), free=8 * GIB), plan(step(), free=8 * GIB)
+    assert one.token_bytes < other.token_bytes
+    assert "kept" not in one.text
