@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
-from mathverify.config import DataConfig, LossKind, OptimizerKind, RunConfig
+from mathverify.config import DataConfig, LossKind, RunConfig
 from mathverify.engine.budget import RESERVE, adapter_bytes, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.lora import targets
@@ -102,7 +102,7 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
     possible = _possible(model, together)
     at_once = _at_once(model, possible)
     longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
-    plan = plan_budget(model, _largest(possible[:at_once]), longest, at_once)
+    plan = plan_budget(model, possible[:at_once], longest)
     return Workbench(
         model=model,
         model_path=model_path(config.model),
@@ -187,17 +187,3 @@ def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     needed = np.cumsum([adapter_bytes(model, config) for config in configs])
     return max(1, int(np.searchsorted(needed, free * RESERVE * SHARE_FOR_ADAPTERS, side="right")))
-
-
-def _largest(configs: Sequence[RunConfig]) -> RunConfig:
-    """A config that needs as much memory in every respect as any of these."""
-    first = configs[0]
-    rank = max(config.lora.rank for config in configs)
-    modules = max((config.lora.target_modules for config in configs), key=len)
-    kind = min((config.optimizer.kind for config in configs), key=list(OptimizerKind).index)  # 8-bit state is smaller
-    examples = max(config.train.examples_per_step for config in configs)
-    loss = max((config.train.loss for config in configs), key=list(LossKind).index)
-    train = replace(first.train, batch_size=examples, grad_accumulation=1, loss=loss, max_steps=first.train.steps)
-    train.max_examples = None
-    lora = replace(first.lora, rank=rank, target_modules=modules)
-    return replace(first, lora=lora, train=train, optimizer=replace(first.optimizer, kind=kind))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mathverify import prepare as prepared
-from mathverify.config import LossKind, OptimizerKind, RunConfig
+from mathverify.config import RunConfig
 from mathverify.entry import compose
 from tests.journeys.conftest import SMALL
 
@@ -30,16 +30,6 @@ def test_a_run_whose_targets_the_base_lacks_is_left_out_of_the_planning() -> Non
     good, bad = with_targets("q_proj"), with_targets("nothing")
     assert prepared._possible(MODEL, [bad, good, good]) == [good, good]
     assert prepared._possible(MODEL, [bad]) == [bad]  # whose error the planner then raises
-
-
-def test_memory_is_planned_for_the_largest_of_each_kind() -> None:
-    configs = [with_targets("q_proj", max_steps=5), with_targets("q_proj", "v_proj", batch_size=9, grad_accumulation=2)]
-    configs[0].lora.rank, configs[0].train.loss = 32, LossKind.sequence
-    configs[1].optimizer.kind = OptimizerKind.adamw_8bit
-    largest = prepared._largest(configs)
-    assert (largest.lora.rank, largest.lora.target_modules) == (32, ["q_proj", "v_proj"])
-    assert (largest.train.examples_per_step, largest.train.loss) == (18, LossKind.sequence)
-    assert largest.optimizer.kind is OptimizerKind.adamw
 
 
 def test_rows_are_read_again_when_their_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

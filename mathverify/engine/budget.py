@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,27 +36,31 @@ class BudgetPlan:
     token_bytes: int = 0
 
 
-def plan_budget(model: PackedModel, config: RunConfig, longest: int, trials: int = 1) -> BudgetPlan:
-    """Choose the token budget of a run, or of a pack of runs like it.
+def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) -> BudgetPlan:
+    """Choose the token budget of runs that train together; each is taken to need what the largest of them does.
 
     Args:
-        longest: tokens of the longest segment; a pass is never planned smaller. trials: how many train together.
+        configs: of all of them, with the same `train.memory` and `train.token_budget`. longest: tokens of the longest
+            segment; a pass is never planned smaller.
 
     On a GPU with room for a whole step of longest segments besides, dense copies of the quantised weights are kept.
     """
-    lean = config.train.memory is MemoryMode.lean
+    first, trials = configs[0].train, len(configs)
+    lean = first.memory is MemoryMode.lean
     model.recompute_activations(lean)
-    model.lend_head(lean and model.device.type == "cuda" and config.train.loss is LossKind.label)
-    step = config.train.examples_per_step * longest * trials
-    if config.train.token_budget is not None and model.device.type != "cuda":
-        return BudgetPlan(config.train.token_budget, f"{config.train.token_budget:,} tokens a pass, as asked")
+    only_verdicts = all(config.train.loss is LossKind.label for config in configs)
+    model.lend_head(lean and model.device.type == "cuda" and only_verdicts)
+    asked = first.token_budget
     if model.device.type != "cuda":
+        if asked is not None:
+            return BudgetPlan(asked, _as_asked(asked, longest))
         return BudgetPlan(max(CPU_TOKENS, longest), f"{max(CPU_TOKENS, longest):,} tokens a pass on the CPU")
+    step = max(config.train.examples_per_step for config in configs) * longest * trials
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    fixed = trials * adapter_bytes(model, config) + scratch_bytes(model)
-    per_token = activation_bytes(model, config, trials)
+    fixed = trials * max(adapter_bytes(model, config) for config in configs) + scratch_bytes(model)
+    per_token = max(activation_bytes(model, config) for config in configs)
     dense, kept = model.dense_bytes(), ""
     if dense and not lean and free * RESERVE - fixed - dense > step * per_token:
         model.keep_dense()
@@ -63,12 +68,16 @@ def plan_budget(model: PackedModel, config: RunConfig, longest: int, trials: int
         fixed -= scratch_bytes(model)
         kept = ", dequantised weights kept"
     fits = int((free * RESERVE - fixed) / per_token)
-    tokens = max(longest, min(fits, step, MOST_LEAN if lean else MOST))
-    if config.train.token_budget is not None:
-        tokens = config.train.token_budget
-    beyond = fixed + min(tokens, step) * per_token
-    text = f"needs {(total - free + beyond) / 2**30:.1f} of {total / 2**30:.0f} GiB: {tokens:,} tokens a pass{kept}"
+    tokens = max(longest, min(fits, step, MOST_LEAN if lean else MOST)) if asked is None else asked
+    beyond = fixed + min(max(tokens, longest), step) * per_token
+    passes = f"{tokens:,} tokens a pass" if asked is None else _as_asked(asked, longest)
+    text = f"needs {(total - free + beyond) / 2**30:.1f} of {total / 2**30:.0f} GiB: {passes}{kept}"
     return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
+
+
+def _as_asked(tokens: int, longest: int) -> str:
+    larger = f"; a longer row, up to {longest:,}, is a pass of its own" if tokens < longest else ""
+    return f"{tokens:,} tokens a pass, as asked{larger}"
 
 
 def adapter_bytes(model: PackedModel, config: RunConfig) -> int:
@@ -87,7 +96,7 @@ def scratch_bytes(model: PackedModel) -> int:
     return max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups) * model.base.dtype.itemsize
 
 
-def activation_bytes(model: PackedModel, config: RunConfig, trials: int = 1) -> int:
+def activation_bytes(model: PackedModel, config: RunConfig) -> int:
     """Bytes that one token of a training pass needs at the peak, for Llama-like decoders.
 
     What decoder.py keeps per layer: the residual stream twice, rotated query/key/value and attention's output with

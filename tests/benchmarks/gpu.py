@@ -131,7 +131,7 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
     """A pack of these configs: seconds a round, real tokens a second, peak memory, and what the planner said of it."""
     clean()
     longest = int(rows.lengths.max())
-    plan = plan_budget(model, configs[0], longest, len(configs))
+    plan = plan_budget(model, configs, longest)
     print("   ", plan.text, flush=True)
     clean()
     pack = Pack(model, TokenBudget(plan.tokens))

@@ -37,7 +37,7 @@ PACKS = "two packs of 8 trials of batch 4"
 
 def new_pack(model: PackedModel, configs: list[RunConfig], rows: Workload, ranks: Ranks) -> Pack:
     clean()
-    plan = plan_budget(model, configs[0], int(rows.lengths.max()), len(configs))
+    plan = plan_budget(model, configs, int(rows.lengths.max()))
     print(f"    process {place().rank}: {plan.text}", file=sys.stderr, flush=True)
     pack = Pack(model, TokenBudget(plan.tokens), ranks)
     for own in configs:

@@ -1,5 +1,7 @@
-"""What the planner says and plans, on a device whose memory is made up. Against
-measured peaks: tests/benchmarks/gpu.py."""
+"""What the planner says and plans, on a device whose memory is made up.
+
+Measured peaks stand beside it in the table of tests/benchmarks/gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ GIB = 2**30
 Plan = Callable[..., BudgetPlan]
 
 
-def step(**train: Any) -> RunConfig:
-    """Four examples a step."""
-    return make_config(batch_size=4, grad_accumulation=1, **train)
+def step(batch_size: int = 4, **changes: Any) -> RunConfig:
+    """A run of so many examples a step."""
+    return make_config(batch_size=batch_size, grad_accumulation=1, **changes)
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, fresh_bases: None) -> Plan:
         load_base(RunConfig(quantization=QuantizationConfig(kind=QuantizationKind.nf4, double_quant=True)))
     )
 
-    def planned(config: RunConfig, free: int, total: int = 16 * GIB, longest: int = 100, trials: int = 1) -> BudgetPlan:
+    def planned(
+        config: RunConfig | list[RunConfig], free: int, total: int = 16 * GIB, longest: int = 100, trials: int = 1
+    ) -> BudgetPlan:
         cuda: Any = SimpleNamespace(
             empty_cache=lambda: None,
             mem_get_info=lambda device: (free, total),
@@ -44,7 +48,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, fresh_bases: None) -> Plan:
         monkeypatch.setattr(model, "device", SimpleNamespace(type="cuda"))
         monkeypatch.setattr(model, "lend_head", lambda wanted: None)
         monkeypatch.setattr(model, "keep_dense", lambda: None)
-        return plan_budget(model, config, longest, trials)
+        return plan_budget(model, config if isinstance(config, list) else [config] * trials, longest)
 
     return planned
 
@@ -70,6 +74,19 @@ def test_more_trials_need_more_and_a_budget_that_was_asked_for_is_taken(plan: Pl
     assert eight.tokens == 8 * one.tokens
     assert eight.fixed_bytes > one.fixed_bytes
     assert plan(step(token_budget=222), free=8 * GIB).tokens == 222
+
+
+def test_a_budget_below_the_longest_row_says_what_becomes_of_it_and_is_planned_for(plan: Plan) -> None:
+    small, fitting = (plan(step(token_budget=tokens), free=8 * GIB) for tokens in (1, 100))
+    assert "1 tokens a pass, as asked; a longer row, up to 100, is a pass of its own" in small.text
+    assert small.text.split(":")[0] == fitting.text.split(":")[0]  # needs as much
+
+
+def test_every_run_is_planned_as_large_as_the_largest_in_each_respect(plan: Plan) -> None:
+    small, long, wide = (step(batch_size=1), step(), step(rank=16, batch_size=1))
+    together = plan([small, long, wide], free=8 * GIB)
+    assert together.tokens == 3 * 400
+    assert together.fixed_bytes == plan([wide] * 3, free=8 * GIB).fixed_bytes
 
 
 def test_lean_keeps_little_for_a_token_and_nothing_dense(plan: Plan) -> None:
