@@ -190,7 +190,7 @@ class PackRunner:
         self._share(pack.trials)
         try:
             train(pack, self, self.stop)
-        except Interrupted:  # while runs were scored: between rounds, so every running trial can be saved as it stands
+        except Interrupted:  # while runs were scored: between rounds; a trial keeps that its validation is due
             self._save_all(pack)
         if self.open:
             self._interrupt("stopped by a signal; the same command on this folder continues it")

@@ -21,7 +21,7 @@ import pytest
 from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.engine.pack import Pack
-from mathverify.errors import CannotWrite, UserError
+from mathverify.errors import CannotWrite, Interrupted, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
 from mathverify.screen import SCREEN
 from mathverify.sweep.grouping import by_base, difference
@@ -255,6 +255,47 @@ def test_a_pack_that_breaks_up_goes_on_in_smaller_ones(
     monkeypatch.setattr(Pack, "step", real)
     for number, seed in enumerate((1, 2, 3)):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"seed={seed}"))
+
+
+@pytest.mark.parametrize("how", ["a signal", "a break-up"])
+def test_a_validation_that_was_cut_short_is_done_first_when_the_runs_go_on(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    from mathverify.engine.evaluate import score as real
+    from mathverify.prepare import prepare
+    from mathverify.run import PackRunner, Screen, open_run
+
+    configs = [entry.compose([*SMALL, f"seed={seed}", f"data.cache_dir='{cache}'"]) for seed in (1, 2)]
+    bench = prepare(configs[0], beside=configs[1:])
+    asked: list[tuple[int, int]] = []
+
+    def judge(seed: int) -> Callable[..., None]:
+        return lambda step, metrics: asked.append((seed, step))
+
+    def train(stop: Callable[[], bool] = lambda: False) -> None:
+        runs = [open_run(config, tmp_path / str(config.seed), bench, judge(config.seed)) for config in configs]
+        PackRunner(bench, Screen(), stop).run([run for run in runs if run is not None])
+
+    came: list[bool] = []
+
+    def cut_short(model: Any, adapters: Any, store: Any, verdicts: Any, budget: Any, progress: Any, *rest: Any) -> Any:
+        if how == "a break-up":
+            raise UserError("out of memory with 64 tokens a pass")
+        came.append(True)
+        return real(model, adapters, store, verdicts, budget, progress, *rest)
+
+    monkeypatch.setattr("mathverify.run.score", cut_short)
+    with pytest.raises((Interrupted, UserError)):
+        train(lambda: bool(came))
+    assert [read_record(tmp_path / n).status for n in "12"] == [Status.interrupted] * 2
+    assert asked == []
+    monkeypatch.setattr("mathverify.run.score", real)
+    train()
+    assert asked == [(1, 2), (2, 2)]
+    for n in "12":
+        lines = [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
 def test_what_breaks_every_pack_fails_each_run_with_its_reason(
