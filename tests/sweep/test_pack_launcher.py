@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +186,24 @@ def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     for number, point in enumerate([(2, "r4"), (2, "r16"), (8, "r4"), (8, "r16")]):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"train.max_steps={point[0]}", f"lora={point[1]}"))
         assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 1}
+
+
+def test_a_run_that_has_ended_leaves_memory_while_others_take_its_place(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: weakref.WeakSet[Any] = weakref.WeakSet()
+    real = Pack.step
+
+    def step(pack: Pack) -> Any:
+        trials.update(pack.running)
+        gc.collect()
+        assert {trial.config.seed for trial in trials} == {trial.config.seed for trial in pack.running}
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    cli(*PACK, "hydra.launcher.max_trials=2", "train.max_steps=2", "seed=1,2,3,4,5")
+    gc.collect()
+    assert not trials
 
 
 def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
