@@ -12,7 +12,7 @@ import torch
 
 from mathverify.base import resolve_device
 from mathverify.entry import one_line
-from mathverify.errors import CannotWrite, Interrupted, RunFailed
+from mathverify.errors import CannotWrite, Interrupted, RunFailed, without_frames
 from mathverify.pack_screen import PackScreen
 from mathverify.prepare import Workbench, prepare
 from mathverify.progress import shown
@@ -194,6 +194,7 @@ class Packs:
     def _broke_up(self, error: Exception) -> None:
         """Several runs went under together: they go on from their checkpoints, half as many at once, down to one, which
         then fails alone if it is the one to blame."""
+        without_frames(error)  # a run that failed alone has it as its end
         if self._broken:
             self.most = max(1, len(self._broken) // 2)
             self.screen.say(f"the pack broke up ({one_line(error)}): its runs go on, {self.most} at once")

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from hydra.utils import get_object
 
 from mathverify import entry
 from mathverify.config import RunConfig
@@ -138,8 +139,6 @@ class Counted:
     """Calls of a function that still does its work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-        from hydra.utils import get_object
-
         self.calls: list[Any] = []
         real = get_object(target)
 
@@ -316,6 +315,53 @@ def test_a_validation_that_was_cut_short_is_done_first_when_the_runs_go_on(
         lines = [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
         assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("target", ["mathverify.engine.pack.Pack.step", "mathverify.run.save_checkpoint"])
+def test_the_error_of_a_run_that_failed_holds_no_frames_while_others_train(
+    target: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mathverify.sweep.ticket import Ticket
+
+    errors: list[Exception] = []
+    end = Ticket.end
+
+    def noting(ticket: Ticket, value: float | None, error: Exception | None) -> None:
+        if error is not None:
+            errors.append(error)
+        end(ticket, value, error)
+
+    def cursed(whose: Any, *arguments: Any) -> Any:
+        for error in errors:
+            assert error.__traceback__ is None
+            assert error.__cause__ is not None
+            assert error.__cause__.__traceback__ is None
+        trials = whose.running if isinstance(whose, Pack) else [whose]
+        if trials[0].config.seed == 1:
+            try:
+                _ = 1 / 0
+            except ZeroDivisionError as cause:
+                raise UserError("seed 1 is cursed") from cause
+        return real(whose, *arguments)
+
+    monkeypatch.setattr(Ticket, "end", noting)
+    real = get_object(target)
+    monkeypatch.setattr(target, cursed)
+    cli(*PACK, "hydra.launcher.max_trials=1", "train.max_steps=2", "seed=1,2", code=2)
+    assert [read_record(tmp_path / "grid" / n).status.value for n in "01"] == ["failed", "completed"]
+
+
+def test_the_traceback_of_a_run_that_failed_is_shown_if_asked_for(
+    cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pack: Pack) -> Any:
+        raise UserError("this base is cursed")
+
+    monkeypatch.setattr(Pack, "step", broken)
+    monkeypatch.setattr(entry, "_wants_traceback", True)
+    with pytest.raises(UserError, match="this base is cursed"):
+        cli(*PACK, "seed=1")
+    assert ", in broken\n" in capsys.readouterr().err
 
 
 def test_what_breaks_every_pack_fails_each_run_with_its_reason(
