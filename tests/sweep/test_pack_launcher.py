@@ -317,6 +317,44 @@ def test_a_validation_that_was_cut_short_is_done_first_when_the_runs_go_on(
         assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
+def test_packs_are_as_large_as_before_once_the_run_to_blame_has_failed_alone(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pack.step
+    sizes: list[int] = []
+
+    def step(pack: Pack) -> Any:
+        sizes.append(len(pack.running))
+        if any(trial.config.seed == 1 for trial in pack.running):
+            raise UserError("seed 1 is cursed")
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    out = cli(*PACK, "hydra.launcher.max_trials=4", "train.max_steps=2", "seed=1,2,3,4,5", code=2)
+    assert sizes == [4, 2, 1, 4, 4]
+    assert "the run that broke failed alone: the others go on, up to 4 at once" in out
+
+
+def test_packs_that_are_too_large_for_one_base_are_made_smaller_on_that_base_only(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pack.step
+    sizes: dict[bool, list[int]] = {False: [], True: []}
+
+    def step(pack: Pack) -> Any:
+        with_solution = pack.running[0].config.prompt.with_solution
+        sizes[with_solution].append(len(pack.running))
+        if len(pack.running) > 2 and not with_solution:
+            raise UserError("out of memory with 64 tokens a pass")
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    cli(
+        *PACK, "hydra.launcher.max_trials=4", "train.max_steps=2", "prompt=answer_only,with_solution", "seed=1,2,3,4"
+    )  # fmt: skip
+    assert sizes == {False: [4, 2, 2, 2, 2], True: [4, 4]}
+
+
 @pytest.mark.parametrize("target", ["mathverify.engine.pack.Pack.step", "mathverify.run.save_checkpoint"])
 def test_the_error_of_a_run_that_failed_holds_no_frames_while_others_train(
     target: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
