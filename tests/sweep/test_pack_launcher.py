@@ -420,6 +420,7 @@ def test_what_breaks_every_pack_fails_each_run_with_its_reason(
     [
         (["hydra.launcher.max_trials=0"], "hydra.launcher.max_trials = 0 is not possible"),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true: runs of a pack share one process"),
+        (["+hydra.job.env_set.TOKENS=3"], "hydra.job.env_set sets TOKENS: runs of a pack share one process"),
         (["hydra.launcher.max_trails=2"], "'max_trails' not in 'PackLauncherConf'"),
     ],
 )
