@@ -125,12 +125,24 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
         assert (folder / "adapter/adapter_model.safetensors").is_file()
 
 
-def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(cli: Cli, tmp_path: Path) -> None:
-    start = time.perf_counter()
+def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mathverify.sweep.packs import Packs
+
+    real = Packs.run
+    passed = 0.0
+
+    def timed(packs: Packs) -> None:
+        nonlocal passed
+        start = time.perf_counter()
+        real(packs)
+        passed = time.perf_counter() - start
+
+    monkeypatch.setattr(Packs, "run", timed)
     cli(*PACK, "seed=1,2,3")
-    passed = time.perf_counter() - start
     costs = [read_record(tmp_path / "grid" / number).costs for number in "012"]
-    assert sum(sum(cost.seconds.values()) for cost in costs) < passed
+    assert 0.8 * passed < sum(sum(cost.seconds.values()) for cost in costs) < passed
     speeds = [cost.tokens_per_second for cost in costs]
     assert speeds == pytest.approx([speeds[0]] * 3, rel=1e-2)  # a round's time goes by tokens
 
@@ -176,6 +188,13 @@ def test_a_quantised_base_is_made_once_for_all_packs(cli: Cli, monkeypatch: pyte
     assert all(read_record(tmp_path / "grid" / number).status is Status.completed for number in "0123")
 
 
+def test_runs_on_a_quantised_base_train_beside_each_other(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
+    cli(*PACK, "quantization=nf4", "train.max_steps=2", "seed=1,2")
+    for number, seed in (("0", 1), ("1", 2)):
+        assert_same_run(tmp_path / "grid" / number, alone("quantization=nf4", "train.max_steps=2", f"seed={seed}"))
+        assert read_record(tmp_path / "grid" / number).notes["pack"] == {"most_runs_beside": 1}
+
+
 def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -216,6 +235,7 @@ def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable
                 "lora.target_modules=[q_proj,down_proj]", "train.batch_size=3",
             )  # fmt: skip
             assert_same_run(tmp_path / "grid" / str(number), single)
+            assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 3}
             number += 1
 
 
@@ -233,6 +253,7 @@ def test_a_run_that_diverges_fails_with_its_reason_and_the_others_do_not_notice(
     for number, rate in ((0, "1e-4"), (2, "2e-4")):
         single = alone(f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=null")
         assert_same_run(tmp_path / "grid" / str(number), single)
+        assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 2}
 
 
 def test_a_run_whose_disk_is_full_ends_alone_and_can_be_continued(
