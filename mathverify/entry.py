@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
@@ -396,6 +397,14 @@ def report(error: Exception) -> int:
         print(f"error: {printable(str(redact(one_line(error))))}", file=sys.stderr)
     error.is_told = True  # type: ignore[attr-defined]
     return _code_of(error)
+
+
+def show_traceback(error: Exception) -> None:
+    """Print it, without secrets, on stderr if HYDRA_FULL_ERROR=1 asks for it."""
+    if _wants_traceback and error.__traceback__ is not None:
+        from mathverify.records import redact
+
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
 
 
 def _code_of(error: Exception) -> int:

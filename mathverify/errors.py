@@ -18,3 +18,14 @@ class RunFailed(Exception):
 
 class Interrupted(Exception):
     """A signal asked the work to end; what was done is saved. Exit code 130."""
+
+
+def without_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error and of what led to it: their frames keep runs and models in memory."""
+    seen: list[BaseException] = []
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is not None and link not in seen:
+            seen.append(link.with_traceback(None))
+            links += [link.__cause__, link.__context__]

@@ -165,8 +165,11 @@ class PackRunner:
         self.ranks = ranks or Ranks()
         self.open: dict[Trial, Run] = {}
 
-    def run(self, runs: Sequence[Run]) -> None:
+    def run(self, runs: list[Run]) -> None:
         """Train, evaluate and record all of them, and those that follow.
+
+        Args:
+            runs: emptied, so that no list holds the memory of a run that has ended while others go on.
 
         Raises:
             Interrupted: a signal came; every unfinished run has its checkpoint and says `interrupted`.
@@ -175,8 +178,8 @@ class PackRunner:
                 opened again in smaller packs.
         """
         pack = Pack(self.bench.model, self.bench.budget, self.ranks)
-        for run in runs:
-            pack.add(self._admit(run))
+        while runs:
+            pack.add(self._admit(runs.pop(0)))
         self.screen.phase("training")
         try:
             self._train(pack)
@@ -190,7 +193,7 @@ class PackRunner:
         self._share(pack.trials)
         try:
             train(pack, self, self.stop)
-        except Interrupted:  # while runs were scored: between rounds, so every running trial can be saved as it stands
+        except Interrupted:  # while runs were scored: between rounds; a trial keeps that its validation is due
             self._save_all(pack)
         if self.open:
             self._interrupt("stopped by a signal; the same command on this folder continues it")

@@ -80,6 +80,7 @@ def _restore(trial: Trial, state: dict[str, Any], tensors: dict[str, torch.Tenso
     trial.adapter.flat.data.copy_(adapter)
     trial.step, trial.examples, trial.tokens = state["step"], state["examples"], state["tokens"]
     trial.loss_scale = state["loss_scale"]
+    trial.validation_due = state.get("validation_due", False)  # absent in files of earlier versions
     trial.state = TrialState.finished if trial.step >= trial.steps else TrialState.running
     (parameter,) = trial.optimizer.param_groups[0]["params"]
     slots = trial.optimizer.state[parameter]
@@ -106,6 +107,7 @@ def _state(trial: Trial) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "examples": trial.examples,
         "tokens": trial.tokens,
         "loss_scale": trial.loss_scale,
+        "validation_due": trial.validation_due,
         "optimizer": numbers,
     }
     return state, tensors

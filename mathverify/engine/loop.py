@@ -45,7 +45,10 @@ def train(pack: Pack, watcher: Watcher, stop: Callable[[], bool] = lambda: False
             for trial in pack.running:
                 watcher.checkpoint(trial)
             return
-        _round(pack, watcher)
+        if any(trial.validation_due for trial in pack.running):  # cut short when their checkpoints were saved
+            _validate(pack, watcher)
+        else:
+            _round(pack, watcher)
 
 
 def _round(pack: Pack, watcher: Watcher) -> None:
@@ -54,11 +57,20 @@ def _round(pack: Pack, watcher: Watcher) -> None:
     seconds = time.perf_counter() - start
     watcher.stepped(reports, {trial: share * seconds for trial, share in pack.shares.items()})
     trials = [trial for trial, _ in reports]
-    if due := [trial for trial in trials if _is_due(trial, trial.config.train.eval_every)]:
-        watcher.evaluate(due)
+    for trial in trials:
+        trial.validation_due = _is_due(trial, trial.config.train.eval_every)
+    _validate(pack, watcher)
     for trial in trials:
         if _is_due(trial, trial.config.train.checkpoint_every):
             watcher.checkpoint(trial)
+
+
+def _validate(pack: Pack, watcher: Watcher) -> None:
+    """Evaluate whoever is due; what cuts that short leaves them due, in their checkpoints too."""
+    if due := [trial for trial in pack.running if trial.validation_due]:
+        watcher.evaluate(due)
+        for trial in due:
+            trial.validation_due = False
 
 
 def _is_due(trial: Trial, every: int | None) -> bool:

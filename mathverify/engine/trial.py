@@ -50,6 +50,7 @@ class Trial:
     """A trial's whole state. Everything random is a function of (seed, step), so `step` says where it stands.
 
     store: training rows as segments. loss_scale: factor on the loss of float16 passes, undone before the update.
+    validation_due: it is to be validated at this step before it takes the next one.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class Trial:
     step: int = 0
     examples: int = 0
     tokens: int = 0
+    validation_due: bool = False
     state: TrialState = TrialState.running
     reason: str | None = None
     _order: tuple[int, NDArray[np.int64]] | None = field(default=None, repr=False)

@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import Interrupted, UserError
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
 from mathverify.sweep.grouping import by_base, difference
@@ -38,6 +39,11 @@ def require_possible(max_trials: int | None, task: TaskFunction, config: DictCon
         raise UserError(
             "hydra.job.chdir=true: runs of a pack share one process and its working folder: "
             "use hydra.job.chdir=false, or hydra/launcher=basic"
+        )
+    if own := [str(name) for name in config.hydra.job.env_set if name != TRIAL_VARIABLE]:
+        raise UserError(
+            f"hydra.job.env_set sets {', '.join(own)}: runs of a pack share one process and its environment: "
+            "set it in the shell instead, or use hydra/launcher=basic"
         )
 
 

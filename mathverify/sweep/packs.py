@@ -12,7 +12,7 @@ import torch
 
 from mathverify.base import resolve_device
 from mathverify.entry import one_line
-from mathverify.errors import CannotWrite, Interrupted, RunFailed
+from mathverify.errors import CannotWrite, Interrupted, RunFailed, without_frames
 from mathverify.pack_screen import PackScreen
 from mathverify.prepare import Workbench, prepare
 from mathverify.progress import shown
@@ -39,6 +39,7 @@ class Packs:
         self.held: list[Ticket] = []
         self.aboard: dict[Run, Ticket] = {}
         self._broken: list[Ticket] = []
+        self._fewer: dict[str, int] = {}
         self._trouble: Exception | None = None
 
     def run(self) -> None:
@@ -61,7 +62,7 @@ class Packs:
 
     def _fill(self) -> bool:
         """Take tickets until there are as many as may be in hand; whether there is something to do."""
-        while not self.stop() and (self.most is None or len(self.held) < self.most):
+        while not self.stop() and (not self.held or len(self.held) < self._most_beside(self.held[0])):
             ticket = self.take()
             if ticket is None:
                 break
@@ -70,12 +71,16 @@ class Packs:
             self.held.append(ticket)
         return bool(self.held) and not self.stop()
 
+    def _most_beside(self, ticket: Ticket) -> int:
+        """Runs at once on this ticket's base: fewer where packs broke up, until the one to blame is found."""
+        return self._fewer.get(ticket.base, self.most or 1)
+
     # One pack
 
     def _one_pack(self) -> None:
         """The first ticket in hand and those that share its base, as many as may, and those that follow them."""
         self.first = self.held[0]
-        crew = [ticket for ticket in self.held if ticket.base == self.first.base][: self.most]
+        crew = [ticket for ticket in self.held if ticket.base == self.first.base][: self._most_beside(self.first)]
         self.held = [ticket for ticket in self.held if ticket not in crew]
         crew = [ticket for ticket in crew if self._begin(ticket)]
         runs = self._opened(crew) if crew else []
@@ -115,7 +120,7 @@ class Packs:
             return []
         crew, left = crew[: self.bench.at_once], crew[self.bench.at_once :]
         self.held = left + self.held
-        self.places = len(crew) if left else self.most or 1
+        self.places = len(crew) if left else self._most_beside(self.first)
         self.screen.prepared(self.bench, crew[0].config, [ticket.number for ticket in crew])
         each = (time.perf_counter() - start) / len(crew)
         return [run for ticket in crew if (run := self._open(ticket, each)) is not None]
@@ -158,7 +163,7 @@ class Packs:
             if ticket.base == self.first.base:
                 self.held.remove(ticket)
                 return ticket
-        while len(self.aboard) + len(self.held) < (self.most or 1):
+        while len(self.aboard) + len(self.held) < self._most_beside(self.first):
             try:
                 ticket_or_none = self.take()
             except Exception as error:  # the study's trouble; those aboard finish first
@@ -193,10 +198,13 @@ class Packs:
 
     def _broke_up(self, error: Exception) -> None:
         """Several runs went under together: they go on from their checkpoints, half as many at once, down to one, which
-        then fails alone if it is the one to blame."""
+        then fails alone if it is the one to blame; after it, as many train at once as before."""
+        without_frames(error)  # a run that failed alone has it as its end
         if self._broken:
-            self.most = max(1, len(self._broken) // 2)
-            self.screen.say(f"the pack broke up ({one_line(error)}): its runs go on, {self.most} at once")
+            fewer = self._fewer[self.first.base] = max(1, len(self._broken) // 2)
+            self.screen.say(f"the pack broke up ({one_line(error)}): its runs go on, {fewer} at once")
+        elif self._fewer.pop(self.first.base, None) is not None:
+            self.screen.say(f"the run that broke failed alone: the others go on, up to {self.most} at once")
         self.held = self._broken + self.held
         self._broken = []
 

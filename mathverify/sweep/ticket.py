@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from mathverify import entry
 from mathverify.config import RunConfig
-from mathverify.errors import CannotWrite
+from mathverify.errors import CannotWrite, without_frames
 from mathverify.files import cannot_write
 from mathverify.judge import Judge, nobody
 from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
@@ -135,6 +135,10 @@ class Ticket:
                     self.job.return_value, self.job.status = TrialFailed(outcome.reason), JobStatus.FAILED
             except Superseded as late:  # whoever has the trial now says how it ends
                 self.job.return_value, self.job.status = late, JobStatus.FAILED
+        if error is not None:  # Hydra keeps it until the whole sweep is done
+            if self.attempt is None:
+                entry.show_traceback(error)
+            without_frames(error)
         self.context.callbacks.on_job_end(config=self.composed, job_return=self.job)
         self.settle(str(error) if error is not None and self.attempt is None else None)
 

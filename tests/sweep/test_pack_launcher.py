@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +19,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from hydra.utils import get_object
 
 from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.engine.pack import Pack
-from mathverify.errors import CannotWrite, UserError
+from mathverify.errors import CannotWrite, Interrupted, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
 from mathverify.screen import SCREEN
 from mathverify.sweep.grouping import by_base, difference
@@ -122,12 +125,24 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
         assert (folder / "adapter/adapter_model.safetensors").is_file()
 
 
-def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(cli: Cli, tmp_path: Path) -> None:
-    start = time.perf_counter()
+def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mathverify.sweep.packs import Packs
+
+    real = Packs.run
+    passed = 0.0
+
+    def timed(packs: Packs) -> None:
+        nonlocal passed
+        start = time.perf_counter()
+        real(packs)
+        passed = time.perf_counter() - start
+
+    monkeypatch.setattr(Packs, "run", timed)
     cli(*PACK, "seed=1,2,3")
-    passed = time.perf_counter() - start
     costs = [read_record(tmp_path / "grid" / number).costs for number in "012"]
-    assert sum(sum(cost.seconds.values()) for cost in costs) < passed
+    assert 0.8 * passed < sum(sum(cost.seconds.values()) for cost in costs) < passed
     speeds = [cost.tokens_per_second for cost in costs]
     assert speeds == pytest.approx([speeds[0]] * 3, rel=1e-2)  # a round's time goes by tokens
 
@@ -136,8 +151,6 @@ class Counted:
     """Calls of a function that still does its work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-        from hydra.utils import get_object
-
         self.calls: list[Any] = []
         real = get_object(target)
 
@@ -175,6 +188,13 @@ def test_a_quantised_base_is_made_once_for_all_packs(cli: Cli, monkeypatch: pyte
     assert all(read_record(tmp_path / "grid" / number).status is Status.completed for number in "0123")
 
 
+def test_runs_on_a_quantised_base_train_beside_each_other(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
+    cli(*PACK, "quantization=nf4", "train.max_steps=2", "seed=1,2")
+    for number, seed in (("0", 1), ("1", 2)):
+        assert_same_run(tmp_path / "grid" / number, alone("quantization=nf4", "train.max_steps=2", f"seed={seed}"))
+        assert read_record(tmp_path / "grid" / number).notes["pack"] == {"most_runs_beside": 1}
+
+
 def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -184,6 +204,24 @@ def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     for number, point in enumerate([(2, "r4"), (2, "r16"), (8, "r4"), (8, "r16")]):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"train.max_steps={point[0]}", f"lora={point[1]}"))
         assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 1}
+
+
+def test_a_run_that_has_ended_leaves_memory_while_others_take_its_place(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: weakref.WeakSet[Any] = weakref.WeakSet()
+    real = Pack.step
+
+    def step(pack: Pack) -> Any:
+        trials.update(pack.running)
+        gc.collect()
+        assert {trial.config.seed for trial in trials} == {trial.config.seed for trial in pack.running}
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    cli(*PACK, "hydra.launcher.max_trials=2", "train.max_steps=2", "seed=1,2,3,4,5")
+    gc.collect()
+    assert not trials
 
 
 def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
@@ -197,6 +235,7 @@ def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable
                 "lora.target_modules=[q_proj,down_proj]", "train.batch_size=3",
             )  # fmt: skip
             assert_same_run(tmp_path / "grid" / str(number), single)
+            assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 3}
             number += 1
 
 
@@ -214,6 +253,7 @@ def test_a_run_that_diverges_fails_with_its_reason_and_the_others_do_not_notice(
     for number, rate in ((0, "1e-4"), (2, "2e-4")):
         single = alone(f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=null")
         assert_same_run(tmp_path / "grid" / str(number), single)
+        assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 2}
 
 
 def test_a_run_whose_disk_is_full_ends_alone_and_can_be_continued(
@@ -257,6 +297,132 @@ def test_a_pack_that_breaks_up_goes_on_in_smaller_ones(
         assert_same_run(tmp_path / "grid" / str(number), alone(f"seed={seed}"))
 
 
+@pytest.mark.parametrize("how", ["a signal", "a break-up"])
+def test_a_validation_that_was_cut_short_is_done_first_when_the_runs_go_on(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path
+) -> None:
+    from mathverify.engine.evaluate import score as real
+    from mathverify.prepare import prepare
+    from mathverify.run import PackRunner, Screen, open_run
+
+    configs = [entry.compose([*SMALL, f"seed={seed}", f"data.cache_dir='{cache}'"]) for seed in (1, 2)]
+    bench = prepare(configs[0], beside=configs[1:])
+    asked: list[tuple[int, int]] = []
+
+    def judge(seed: int) -> Callable[..., None]:
+        return lambda step, metrics: asked.append((seed, step))
+
+    def train(stop: Callable[[], bool] = lambda: False) -> None:
+        runs = [open_run(config, tmp_path / str(config.seed), bench, judge(config.seed)) for config in configs]
+        PackRunner(bench, Screen(), stop).run([run for run in runs if run is not None])
+
+    came: list[bool] = []
+
+    def cut_short(model: Any, adapters: Any, store: Any, verdicts: Any, budget: Any, progress: Any, *rest: Any) -> Any:
+        if how == "a break-up":
+            raise UserError("out of memory with 64 tokens a pass")
+        came.append(True)
+        return real(model, adapters, store, verdicts, budget, progress, *rest)
+
+    monkeypatch.setattr("mathverify.run.score", cut_short)
+    with pytest.raises((Interrupted, UserError)):
+        train(lambda: bool(came))
+    assert [read_record(tmp_path / n).status for n in "12"] == [Status.interrupted] * 2
+    assert asked == []
+    monkeypatch.setattr("mathverify.run.score", real)
+    train()
+    assert asked == [(1, 2), (2, 2)]
+    for n in "12":
+        lines = [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "validation/accuracy" in line] == [2]
+        assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_packs_are_as_large_as_before_once_the_run_to_blame_has_failed_alone(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pack.step
+    sizes: list[int] = []
+
+    def step(pack: Pack) -> Any:
+        sizes.append(len(pack.running))
+        if any(trial.config.seed == 1 for trial in pack.running):
+            raise UserError("seed 1 is cursed")
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    out = cli(*PACK, "hydra.launcher.max_trials=4", "train.max_steps=2", "seed=1,2,3,4,5", code=2)
+    assert sizes == [4, 2, 1, 4, 4]
+    assert "the run that broke failed alone: the others go on, up to 4 at once" in out
+
+
+def test_packs_that_are_too_large_for_one_base_are_made_smaller_on_that_base_only(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pack.step
+    sizes: dict[bool, list[int]] = {False: [], True: []}
+
+    def step(pack: Pack) -> Any:
+        with_solution = pack.running[0].config.prompt.with_solution
+        sizes[with_solution].append(len(pack.running))
+        if len(pack.running) > 2 and not with_solution:
+            raise UserError("out of memory with 64 tokens a pass")
+        return real(pack)
+
+    monkeypatch.setattr(Pack, "step", step)
+    cli(
+        *PACK, "hydra.launcher.max_trials=4", "train.max_steps=2", "prompt=answer_only,with_solution", "seed=1,2,3,4"
+    )  # fmt: skip
+    assert sizes == {False: [4, 2, 2, 2, 2], True: [4, 4]}
+
+
+@pytest.mark.parametrize("target", ["mathverify.engine.pack.Pack.step", "mathverify.run.save_checkpoint"])
+def test_the_error_of_a_run_that_failed_holds_no_frames_while_others_train(
+    target: str, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mathverify.sweep.ticket import Ticket
+
+    errors: list[Exception] = []
+    end = Ticket.end
+
+    def noting(ticket: Ticket, value: float | None, error: Exception | None) -> None:
+        if error is not None:
+            errors.append(error)
+        end(ticket, value, error)
+
+    def cursed(whose: Any, *arguments: Any) -> Any:
+        for error in errors:
+            assert error.__traceback__ is None
+            assert error.__cause__ is not None
+            assert error.__cause__.__traceback__ is None
+        trials = whose.running if isinstance(whose, Pack) else [whose]
+        if trials[0].config.seed == 1:
+            try:
+                _ = 1 / 0
+            except ZeroDivisionError as cause:
+                raise UserError("seed 1 is cursed") from cause
+        return real(whose, *arguments)
+
+    monkeypatch.setattr(Ticket, "end", noting)
+    real = get_object(target)
+    monkeypatch.setattr(target, cursed)
+    cli(*PACK, "hydra.launcher.max_trials=1", "train.max_steps=2", "seed=1,2", code=2)
+    assert [read_record(tmp_path / "grid" / n).status.value for n in "01"] == ["failed", "completed"]
+
+
+def test_the_traceback_of_a_run_that_failed_is_shown_if_asked_for(
+    cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pack: Pack) -> Any:
+        raise UserError("this base is cursed")
+
+    monkeypatch.setattr(Pack, "step", broken)
+    monkeypatch.setattr(entry, "_wants_traceback", True)
+    with pytest.raises(UserError, match="this base is cursed"):
+        cli(*PACK, "seed=1")
+    assert ", in broken\n" in capsys.readouterr().err
+
+
 def test_what_breaks_every_pack_fails_each_run_with_its_reason(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -275,6 +441,7 @@ def test_what_breaks_every_pack_fails_each_run_with_its_reason(
     [
         (["hydra.launcher.max_trials=0"], "hydra.launcher.max_trials = 0 is not possible"),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true: runs of a pack share one process"),
+        (["+hydra.job.env_set.TOKENS=3"], "hydra.job.env_set sets TOKENS: runs of a pack share one process"),
         (["hydra.launcher.max_trails=2"], "'max_trails' not in 'PackLauncherConf'"),
     ],
 )
