@@ -93,6 +93,8 @@ class Packs:
             raise
         except Exception as error:
             self._broke_up(error)
+        finally:
+            del self.bench  # on a GPU its base may have to make room for the next one
 
     def _begin(self, ticket: Ticket) -> bool:
         """Whether the ticket's job is under way."""
