@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mathverify.base import Base
 from mathverify.config import LossKind, OptimizerKind, RunConfig
 from mathverify.engine.evaluate import score
+from mathverify.engine.layout import PassLayout
 from mathverify.engine.loop import train
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
@@ -160,3 +161,26 @@ def test_scores_of_several_adapters_are_those_of_each_alone(rows: Rows, budget: 
         alone = score(model, [adapter], rows, VERDICTS, TokenBudget(budget))[0]  # type: ignore[arg-type]
         assert np.abs(own - alone).max() < 1e-5
         assert budget > 100 or np.array_equal(own, alone)
+
+
+def test_adapters_share_a_pass_if_their_rows_do_not_fill_one(
+    model: PackedModel, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int | None]] = []
+    real = PackedModel.hidden
+
+    def counted(self: PackedModel, layout: PassLayout, last_only: bool = False) -> torch.Tensor:
+        seen.append({segment.slot for segment in layout.segments})
+        return real(self, layout, last_only)
+
+    monkeypatch.setattr(PackedModel, "hidden", counted)
+    adapters = [
+        Trial.start(make_config(seed=seed), rows, VERDICTS, model).adapter  # type: ignore[arg-type]
+        for seed in range(3)
+    ]
+    tokens = int(rows.lengths.sum())
+    score(model, adapters, rows, VERDICTS, TokenBudget(3 * tokens))  # type: ignore[arg-type]
+    assert seen == [{0, 1, 2}]
+    seen.clear()
+    score(model, adapters, rows, VERDICTS, TokenBudget(tokens))  # type: ignore[arg-type]
+    assert seen == [{0}, {1}, {2}]
