@@ -139,7 +139,7 @@ SWEEP_MOMENTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", [SWEEP, PACK], ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("moment", SWEEP_MOMENTS)
 def test_a_full_disk_ends_a_sweep_and_costs_it_no_trial(
