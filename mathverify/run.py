@@ -5,6 +5,7 @@ The engine knows nothing of folders, records or trackers; this is where they mee
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import time
@@ -236,7 +237,7 @@ class PackRunner:
         with self._guarding(run), run.timed("checkpoint"):
             save_checkpoint(trial, run.folder / records.CHECKPOINT, run.identity, run.seconds)
 
-    def ended(self, trials: Sequence[Trial]) -> list[Trial]:
+    def ended(self, trials: Sequence[Trial]) -> None:
         runs = [self.open[trial] for trial in trials]
         for run in runs:
             if run.trial.state is TrialState.finished:
@@ -246,6 +247,10 @@ class PackRunner:
             if run not in finished:
                 self._end_early(run)
         self._finish(finished)
+
+    def followers(self) -> list[Trial]:
+        if self.bench.model.device.type == "cuda":
+            gc.collect()  # OmegaConf's swallowed errors are cycles of frames, which may hold runs that have ended
         return [self._admit(run) for run in iter(self.follow, None)]
 
     def _admit(self, run: Run) -> Trial:

@@ -224,6 +224,30 @@ def test_a_run_that_has_ended_leaves_memory_while_others_take_its_place(
     assert not trials
 
 
+def test_nothing_of_a_run_is_held_when_others_take_its_place(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who come next need the room of its adapter, gradient and optimizer."""
+    from mathverify import run as runs
+
+    left: list[weakref.ref[Any]] = []
+    held: list[int] = []
+    leave, open_run = runs.PackRunner._leave, runs.open_run
+
+    def leaving(runner: runs.PackRunner, run: runs.Run, status: Status) -> None:
+        left.extend(weakref.ref(part) for part in (run.trial, run.trial.adapter, run.trial.optimizer))
+        leave(runner, run, status)
+
+    def opening(*arguments: Any) -> runs.Run | None:
+        gc.collect()
+        held.append(sum(ref() is not None for ref in left))
+        return open_run(*arguments)
+
+    monkeypatch.setattr(runs.PackRunner, "_leave", leaving)
+    monkeypatch.setattr("mathverify.sweep.packs.open_run", opening)
+    cli(*PACK, "hydra.launcher.max_trials=2", "train.max_steps=2", "seed=range(6)")
+    assert len(left) == 6 * 3
+    assert held == [0] * 6
+
+
 def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
     axes = ["train.loss=label,sequence", "optimizer=adamw,adamw_8bit"]
     cli(*PACK, *axes, "optimizer.schedule=cosine", "lora.target_modules=[q_proj,down_proj]", "train.batch_size=3")
