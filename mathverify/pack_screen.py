@@ -5,11 +5,8 @@ Computes nothing.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from mathverify.records import RunRecord, Status, redact
 from mathverify.run import Run, Screen
 from mathverify.scoring import Metrics
-from mathverify.screen import SECONDS_BETWEEN_LINES, as_override, printable, share
+from mathverify.screen import SECONDS_BETWEEN_LINES, printable, share
 
 if TYPE_CHECKING:
     from mathverify.config import RunConfig
@@ -76,12 +73,6 @@ class PackScreen(Screen):
     def finished_before(self, number: int, record: RunRecord) -> None:
         """A run's folder holds it finished."""
         self.say(f"run {number} ({record.name}) is already {record.status.value}{_quality(record)}")
-
-    def interrupted(self, folder: Path) -> None:
-        """A signal ended a grid; say how to go on."""
-        words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
-        continuing = f"{shlex.join(words)} {as_override('hydra.sweep.dir', folder)}".strip()
-        self.say(f"stopped; what was done is saved. Continue with: python -m mathverify.train {continuing}")
 
     # Screen
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -604,6 +605,21 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> 
     while not (metrics.exists() and metrics.read_text().count("train/loss") > count):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
+
+
+def test_a_grid_that_is_stopped_before_it_trains_says_how_to_go_on(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mathverify.sweep.pack_launcher.setup_globals", stopped)  # the first that is done for a batch
+        out = cli("-m", "hydra/launcher=pack", "hydra.sweep.dir=my grid", "seed=1,2", "train.max_steps=2", code=130)
+    said, _, command = out.partition("Continue with: python -m mathverify.train ")
+    assert said == "stopped. "
+    cli(*(word for word in shlex.split(command) if word.partition("=")[0] != "data.cache_dir"))
+    assert [read_record(tmp_path / "my grid" / n).status for n in "01"] == [Status.completed] * 2
 
 
 @pytest.mark.slow
