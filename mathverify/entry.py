@@ -395,13 +395,19 @@ def report(error: Exception) -> int:
         from mathverify.records import redact
 
         print(f"error: {printable(str(redact(one_line(error))))}", file=sys.stderr)
+    return _code_of(told(error))
+
+
+def told(error: Exception) -> Exception:
+    """The same error; `report` does not say again what a user has been told."""
     error.is_told = True  # type: ignore[attr-defined]
-    return _code_of(error)
+    return error
 
 
 def show_traceback(error: Exception) -> None:
-    """Print it, without secrets, on stderr if HYDRA_FULL_ERROR=1 asks for it."""
-    if _wants_traceback and error.__traceback__ is not None:
+    """Print it, without secrets, on stderr if the error is none that a user is meant to see as one line, or if
+    HYDRA_FULL_ERROR=1 asks for it."""
+    if (_wants_traceback or not isinstance(error, UserError | RunFailed)) and error.__traceback__ is not None:
         from mathverify.records import redact
 
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)

@@ -181,20 +181,22 @@ class Packs:
         ticket = self.aboard.pop(run)
         match run.record.status:
             case _ if run.error is not None:
-                self._end(ticket, error=run.error)
+                self._end(ticket, error=run.error, is_told=True)
             case Status.interrupted if self.stop():
                 ticket.release()
             case Status.interrupted:
                 self._broken.append(ticket)
             case Status.failed:
-                self._end(ticket, error=RunFailed(run.record.reason))
+                self._end(ticket, error=RunFailed(run.record.reason), is_told=True)
             case _:
                 self._end(ticket, value=_value(run.record))
 
-    def _end(self, ticket: Ticket, value: float | None = None, error: Exception | None = None) -> None:
+    def _end(
+        self, ticket: Ticket, value: float | None = None, error: Exception | None = None, is_told: bool = False
+    ) -> None:
         """Its job is over. What the disk or the study's storage has against that ends the work, after those aboard."""
         try:
-            ticket.end(value, error)
+            ticket.end(value, error, is_told)
         except Exception as trouble:
             self._trouble = self._trouble or trouble
 

@@ -274,6 +274,8 @@ def test_a_run_that_diverges_fails_with_its_reason_and_the_others_do_not_notice(
     assert failed.reason is not None
     assert "at step" in failed.reason
     assert f"failed: {failed.reason}" in out
+    assert out.count(failed.reason) == 1
+    assert "Error executing job" not in out
     assert failed.metrics.test is None
     for number, rate in ((0, "1e-4"), (2, "2e-4")):
         single = alone(f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=null")
@@ -410,10 +412,10 @@ def test_the_error_of_a_run_that_failed_holds_no_frames_while_others_train(
     errors: list[Exception] = []
     end = Ticket.end
 
-    def noting(ticket: Ticket, value: float | None, error: Exception | None) -> None:
+    def noting(ticket: Ticket, value: float | None, error: Exception | None, is_told: bool) -> None:
         if error is not None:
             errors.append(error)
-        end(ticket, value, error)
+        end(ticket, value, error, is_told)
 
     def cursed(whose: Any, *arguments: Any) -> Any:
         for error in errors:
@@ -446,6 +448,19 @@ def test_the_traceback_of_a_run_that_failed_is_shown_if_asked_for(
     with pytest.raises(UserError, match="this base is cursed"):
         cli(*PACK, "seed=1")
     assert ", in broken\n" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_meant_fails_its_run_and_is_shown_with_its_traceback_once(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pack: Pack) -> Any:
+        raise ValueError("no " + "luck")
+
+    monkeypatch.setattr(Pack, "step", broken)
+    out = cli(*PACK, "seed=1", code=1)
+    assert out.count(", in broken\n") == out.count("Traceback") == out.count("ValueError: no luck\n") == 1
+    assert out.count("no luck") == 2
+    assert "failed: no luck; " in out
 
 
 def test_what_breaks_every_pack_fails_each_run_with_its_reason(
