@@ -22,7 +22,7 @@ from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import Interrupted, UserError
 from mathverify.printable import as_override
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
-from mathverify.sweep.grouping import by_base, difference
+from mathverify.sweep.grouping import by_base, difference, in_common
 from mathverify.sweep.lease import leased_device
 from mathverify.sweep.report import say
 from mathverify.sweep.ticket import Ticket
@@ -86,7 +86,8 @@ def _batch(
 
     def planned(screen: PackScreen) -> None:
         base = groups[0][0].config
-        whys = ["", *(difference(group[0].config, base) for group in groups[1:])]
+        common = f"which share {in_common()}" if len(groups[0]) > 1 else ""
+        whys = [common, *(difference(group[0].config, base) for group in groups[1:])]
         screen.planned([([t.number for t in group], why) for group, why in zip(groups, whys, strict=True)])
 
     def stopped(screen: PackScreen) -> None:

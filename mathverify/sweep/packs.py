@@ -145,6 +145,7 @@ class Packs:
             self._end(ticket, error=error)
             return None
         run.spend("prepare", seconds + time.perf_counter() - start)
+        self.screen.opened(run, ticket.number)
         self.aboard[run] = ticket
         return run
 

@@ -116,7 +116,8 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = cli(*PACK, "lora=r4,r16", "seed=1,2", "lora.dropout=0.1")
-    assert "pack 1: runs 0, 1, 2, 3, which share model, quantization, prompt, data and device" in out
+    common = "model, quantization, prompt, data, device, train.memory, train.token_budget and train.threads"
+    assert f"pack 1: runs 0, 1, 2, 3, which share {common}\n" in out
     points = [("lora=r4", "seed=1"), ("lora=r4", "seed=2"), ("lora=r16", "seed=1"), ("lora=r16", "seed=2")]
     for number, point in enumerate(points):
         folder = tmp_path / "grid" / str(number)
@@ -124,6 +125,17 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
         assert read_record(folder).notes["pack"] == {"most_runs_beside": 3}
         assert set(point) <= set(json.loads(json.dumps((folder / ".hydra/overrides.yaml").read_text().split())))
         assert (folder / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_runs_are_called_by_their_numbers_wherever_their_folders_are(cli: Cli, tmp_path: Path) -> None:
+    out = cli(
+        *PACK, "hydra.sweep.subdir='at most ${prompt.max_length}'", "prompt.max_length=400,500", "train.eval_every=null"
+    )
+    assert "pack 1: run 0\npack 2: run 1, prompt.max_length is 500, not 400\n" in out
+    for number, length in enumerate((400, 500)):
+        said = [line for line in out.splitlines() if line.startswith(f"run {number} (r64-a64-b4)")]
+        assert len(said) == 2  # it joins and ends
+        assert said[0].endswith(f"grid/at most {length}")
 
 
 def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(
