@@ -208,6 +208,26 @@ def test_runs_on_a_quantised_base_train_beside_each_other(cli: Cli, alone: Calla
         assert read_record(tmp_path / "grid" / number).notes["pack"] == {"most_runs_beside": 1}
 
 
+def test_the_next_base_is_loaded_when_nothing_holds_the_last_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where one base is warm at a time."""
+    from mathverify import base
+
+    models: list[weakref.ref[Any]] = []
+    load = base._load_model
+
+    def loading(*arguments: Any) -> Any:
+        assert [ref() for ref in models] == [None] * len(models)
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(base, "_warm", {})
+    monkeypatch.setattr(base, "_has_room_for_two", lambda device: False)
+    monkeypatch.setattr(base, "_load_model", loading)
+    cli(*PACK, "quantization=none,int8", "seed=1,2", "train.max_steps=2")
+    assert len(models) == 2
+
+
 def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
