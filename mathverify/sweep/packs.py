@@ -14,7 +14,7 @@ import torch
 
 from mathverify.base import resolve_device
 from mathverify.entry import one_line
-from mathverify.errors import CannotWrite, Interrupted, RunFailed, without_frames
+from mathverify.errors import CannotWrite, Interrupted, NoRoom, RunFailed, without_frames
 from mathverify.pack_screen import PackScreen
 from mathverify.prepare import Workbench, prepare
 from mathverify.progress import shown
@@ -148,7 +148,7 @@ class Packs:
         return [run for ticket in pack.crew if (run := self._open(pack, ticket, pack.each)) is not None]
 
     def _open(self, pack: _Pack, ticket: Ticket, seconds: float = 0.0) -> Run | None:
-        """A ticket's run; None when its job has ended already: refused, or finished before.
+        """A ticket's run; None when its job has ended already: refused, or finished before; or waits for room.
 
         Args:
             seconds: its share of what was prepared for it and others.
@@ -162,7 +162,12 @@ class Packs:
                 self._end(ticket, value=_value(record))
                 return None
         except Exception as error:
-            self._end(ticket, error=error)
+            if isinstance(error, NoRoom) and pack.aboard:
+                pack.places = len(pack.aboard)
+                self.held.insert(0, ticket)
+                self.screen.say(f"run {ticket.number} waits until there is room in memory for its adapter")
+            else:
+                self._end(ticket, error=error)
             return None
         run.spend("prepare", seconds + time.perf_counter() - start)
         self.screen.opened(run, ticket.number)

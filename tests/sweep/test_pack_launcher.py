@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import torch
 from hydra.utils import get_object
 
 from mathverify import entry
 from mathverify.config import RunConfig
+from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.errors import CannotWrite, Interrupted, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
@@ -354,6 +356,50 @@ def test_a_pack_that_breaks_up_goes_on_in_smaller_ones(
     monkeypatch.setattr(Pack, "step", real)
     for number, seed in enumerate((1, 2, 3)):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"seed={seed}"))
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let adapters of rank 16 run out of memory where there are more than so many others."""
+
+    def set_room(most: int) -> None:
+        alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+        make = Adapter.__init__
+
+        def making(adapter: Adapter, shapes: Any, lora: Any, *rest: Any) -> None:
+            gc.collect()
+            if lora.rank == 16 and len(alive) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore words")
+            make(adapter, shapes, lora, *rest)
+            alive.add(adapter)
+
+        monkeypatch.setattr(Adapter, "__init__", making)
+
+    return set_room
+
+
+@pytest.mark.parametrize("most", ["null", "2"])
+def test_a_run_that_finds_no_memory_beside_the_others_waits_until_they_have_ended(
+    most: str, cli: Cli, room: Callable[[int], None], tmp_path: Path
+) -> None:
+    room(0)
+    out = cli(*PACK, f"hydra.launcher.max_trials={most}", "lora.rank=8,16,4", "train.max_steps=2")
+    assert "run 1 waits until there is room in memory" in out
+    records = [read_record(tmp_path / "grid" / number) for number in "012"]
+    assert [record.status for record in records] == [Status.completed] * 3
+    assert "pack" not in records[1].notes
+
+
+def test_a_run_that_finds_no_memory_alone_is_told_what_to_do_in_one_line(
+    cli: Cli, room: Callable[[int], None], tmp_path: Path
+) -> None:
+    room(-1)
+    out = cli(*PACK, "lora.rank=8,16,4", "train.max_steps=2", code=2)
+    (line,) = [line for line in out.splitlines() if "out of memory" in line]
+    assert line.startswith("error: ")
+    assert "grid/1: out of memory for the run's adapter and optimizer: use a lower lora.rank" in line
+    assert [read_record(tmp_path / "grid" / number).status for number in "02"] == [Status.completed] * 2
+    assert not (tmp_path / "grid/1").exists()
 
 
 @pytest.mark.parametrize("how", ["a signal", "a break-up"])
