@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
@@ -119,6 +120,7 @@ class Preflight(Callback):
         if not str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
             return  # other sweepers make up their jobs as they go
         wrong = 0
+        folders: list[Path] = []
         try:
             jobs = _grid(_as_given(config))
         except UserError as error:
@@ -126,9 +128,11 @@ class Preflight(Callback):
         for number, overrides in enumerate(jobs):
             try:
                 refuse_contradictions(overrides)
-                self._check_job(config, number, overrides)
+                folders.append(self._check_job(config, number, overrides))
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 wrong = report(UserError(f"job {number} ({' '.join(overrides)}): {one_line(error)}"))
+        if not wrong and len(set(folders)) < len(folders):
+            wrong = report(_shared_folder(folders))
         if wrong:
             sys.exit(wrong)
         _group(config)
@@ -141,11 +145,14 @@ class Preflight(Callback):
         """The same for the file that Hydra's own sweeper writes."""
         _redact_files(Path(config.hydra.sweep.dir))
 
-    def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> None:
+    def _check_job(self, config: DictConfig, number: int, overrides: Sequence[str]) -> Path:
+        """Returns the job's folder."""
         job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
         with open_dict(job):
             job.hydra.job.num, job.hydra.job.id = number, str(number)
-        self._claim(Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir, to_run_config(job))
+        folder: Path = Path(job.hydra.sweep.dir) / job.hydra.sweep.subdir
+        self._claim(folder, to_run_config(job))
+        return folder
 
     def _claim(self, folder: Path, config: RunConfig) -> None:
         from mathverify.records import check_writable, claim_run_folder
@@ -154,6 +161,17 @@ class Preflight(Callback):
             claim_run_folder(folder, config)
         else:
             check_writable(folder)
+
+
+def _shared_folder(folders: Sequence[Path]) -> UserError:
+    """What is wrong where jobs of a grid (their folders, in order) would get into each other's way."""
+    counts = Counter(folders)
+    first = next(folder for folder in folders if counts[folder] > 1)
+    one, other = [number for number, folder in enumerate(folders) if folder == first][:2]
+    return UserError(
+        f"hydra.sweep.subdir: jobs {one} and {other} would share the folder {first}: leave it out, so that each has "
+        "its number, or have it name all that differs, as in 'hydra.sweep.subdir=seed-${seed}'"
+    )
 
 
 def _as_given(config: DictConfig) -> list[str]:
@@ -395,13 +413,19 @@ def report(error: Exception) -> int:
         from mathverify.records import redact
 
         print(f"error: {printable(str(redact(one_line(error))))}", file=sys.stderr)
+    return _code_of(told(error))
+
+
+def told(error: Exception) -> Exception:
+    """The same error; `report` does not say again what a user has been told."""
     error.is_told = True  # type: ignore[attr-defined]
-    return _code_of(error)
+    return error
 
 
 def show_traceback(error: Exception) -> None:
-    """Print it, without secrets, on stderr if HYDRA_FULL_ERROR=1 asks for it."""
-    if _wants_traceback and error.__traceback__ is not None:
+    """Print it, without secrets, on stderr if the error is none that a user is meant to see as one line, or if
+    HYDRA_FULL_ERROR=1 asks for it."""
+    if (_wants_traceback or not isinstance(error, UserError | RunFailed)) and error.__traceback__ is not None:
         from mathverify.records import redact
 
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)

@@ -12,6 +12,10 @@ class CannotWrite(UserError):
     """The disk or the permissions refuse. Whatever was under way can go on where it stands once that is mended."""
 
 
+class NoRoom(UserError):
+    """Memory is too small for a run beside what else is in it; the run may fit when others have gone."""
+
+
 class RunFailed(Exception):
     """A run came to nothing by itself (its loss was not finite, say); its record says why. Exit code 1."""
 

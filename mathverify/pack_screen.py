@@ -5,11 +5,8 @@ Computes nothing.
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from mathverify.records import RunRecord, Status, redact
 from mathverify.run import Run, Screen
 from mathverify.scoring import Metrics
-from mathverify.screen import SECONDS_BETWEEN_LINES, as_override, printable, share
+from mathverify.screen import SECONDS_BETWEEN_LINES, printable, share
 
 if TYPE_CHECKING:
     from mathverify.config import RunConfig
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PackScreen(Screen):
-    """Runs are called by the names of their folders, which are the numbers of a sweep's jobs.
+    """Runs are called by the numbers of their jobs.
 
     words: where the lines go if not to the console; a study says a line about each trial itself.
     """
@@ -38,6 +35,7 @@ class PackScreen(Screen):
         self.words = words or self.console
         self._said = time.monotonic()
         self._shown_data: set[str] = set()
+        self._numbers: dict[Run, int] = {}
         self._latest: dict[Run, StepReport] = {}
         self._bars: Progress | None = None
         self._tasks: dict[Run, TaskID] = {}
@@ -55,10 +53,9 @@ class PackScreen(Screen):
     # The planner's words
 
     def planned(self, groups: Sequence[tuple[Sequence[int], str]]) -> None:
-        """Which runs train together. groups: (numbers of the runs, why they are no part of the first pack)."""
+        """Which runs train together. groups: (numbers of the runs, why just these)."""
         for place, (numbers, why) in enumerate(groups, start=1):
-            which = f"run{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-            self.say(f"pack {place}: {which}, " + (why or "which share model, quantization, prompt, data and device"))
+            self.say(f"pack {place}: {_runs(numbers)}" + (f", {why}" if why else ""))
 
     def prepared(self, bench: Workbench, config: RunConfig, numbers: Sequence[int]) -> None:
         """A pack is ready: the data report, once, the base, and who trains on it at first."""
@@ -67,7 +64,11 @@ class PackScreen(Screen):
             self.words.print(bench.report.render())
         base = f"{config.model.name} on {bench.model.device}, {config.quantization.kind.value} quantization"
         self.say(f"base: {base}; {bench.plan}")
-        self.say(f"together on it: run{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}")
+        self.say(f"together on it: {_runs(numbers)}")
+
+    def opened(self, run: Run, number: int) -> None:
+        """A run is ready to join: what it is called from here on, until it has ended."""
+        self._numbers[run] = number
 
     def waits(self, number: int, why: str) -> None:
         """A run cannot take the free place."""
@@ -77,21 +78,20 @@ class PackScreen(Screen):
         """A run's folder holds it finished."""
         self.say(f"run {number} ({record.name}) is already {record.status.value}{_quality(record)}")
 
-    def interrupted(self, folder: Path) -> None:
-        """A signal ended a grid; say how to go on."""
-        words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
-        continuing = f"{shlex.join(words)} {as_override('hydra.sweep.dir', folder)}".strip()
-        self.say(f"stopped; what was done is saved. Continue with: python -m mathverify.train {continuing}")
-
     # Screen
 
     def joined(self, run: Run) -> None:
         trial = run.trial
         where = f"step {trial.step}/{trial.steps}" if trial.step else f"{trial.steps} steps"
-        self.say(f"run {run.folder.name} ({run.config.name}): {where}, in {run.folder}")
+        self.say(f"run {self._numbers[run]} ({run.config.name}): {where}, in {run.folder}")
         if self.console.is_terminal:
             self._tasks[run] = self._progress().add_task(
-                run.folder.name, total=trial.steps, completed=trial.step, loss=float("nan"), speed=0.0, validation=""
+                str(self._numbers[run]),
+                total=trial.steps,
+                completed=trial.step,
+                loss=float("nan"),
+                speed=0.0,
+                validation="",
             )
 
     def stepped(self, run: Run, report: StepReport, tokens_per_second: float) -> None:
@@ -101,7 +101,7 @@ class PackScreen(Screen):
         elif run is next(reversed(self._latest)) and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             where = ", ".join(
-                f"{run.folder.name} at {latest.step}/{run.trial.steps} loss {latest.loss:.3f}"
+                f"{self._numbers[run]} at {latest.step}/{run.trial.steps} loss {latest.loss:.3f}"
                 for run, latest in self._latest.items()
             )
             self.say(f"{where}; {tokens_per_second:,.0f} tokens/s")
@@ -111,7 +111,7 @@ class PackScreen(Screen):
         if run in self._tasks:
             self._progress().update(self._tasks[run], validation=said)
         else:
-            self.say(f"run {run.folder.name} step {run.trial.step}/{run.trial.steps}  {said}")
+            self.say(f"run {self._numbers[run]} step {run.trial.step}/{run.trial.steps}  {said}")
 
     def ended(self, run: Run) -> None:
         self._latest.pop(run, None)
@@ -123,7 +123,7 @@ class PackScreen(Screen):
         else:
             reason = f": {record.reason}" if record.reason else ""
             said = f"{record.status.value}{reason}{_quality(record)}"
-        self.say(f"run {run.folder.name} ({record.name}) {said}; {sum(run.seconds.values()):.1f} s its share")
+        self.say(f"run {self._numbers.pop(run)} ({record.name}) {said}; {sum(run.seconds.values()):.1f} s its share")
 
     def say(self, line: str) -> None:
         self.words.print(printable(str(redact(line))), markup=False)
@@ -141,6 +141,10 @@ class PackScreen(Screen):
             )
             self._bars.start()
         return self._bars
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    return f"run{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _quality(record: RunRecord) -> str:

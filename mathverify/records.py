@@ -38,6 +38,7 @@ SCHEMA_VERSION = 1
 RESULT = "result.json"
 PREDICTIONS = "predictions.parquet"
 CHECKPOINT = "checkpoint"
+ANOTHER_FOLDER = "another run folder (hydra.run.dir=..., of a grid hydra.sweep.dir=...)"
 OURS = (RESULT, PREDICTIONS, CHECKPOINT, "adapter", "metrics.jsonl")
 
 # Settings that decide where and how fast a run goes, not what comes out: a run may be continued with others.
@@ -313,7 +314,7 @@ def lock_run_folder(path: Path) -> BaseFileLock:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"{path}: another process is at work in this run folder: wait for it, or choose another (hydra.run.dir=...)"
+            f"{path}: another process is at work in this run folder: wait for it, or choose {ANOTHER_FOLDER}"
         ) from None
     return lock
 
@@ -334,7 +335,7 @@ def claim_run_folder(path: Path, config: RunConfig) -> FolderState:
     elif record.fingerprint != fingerprint(config):
         raise UserError(
             f"{path}: already holds another run ({_difference(record.config, to_plain(config))}): "
-            "choose another run folder (hydra.run.dir=...), or delete this one"
+            f"choose {ANOTHER_FOLDER}, or delete this one"
         )
     for folder in (path, path / CHECKPOINT, path / "adapter", path / ".hydra"):
         remove_leftovers(folder)
@@ -350,7 +351,7 @@ def check_writable(path: Path) -> None:
     """Refuse a path that is a file, or whose nearest folder does not let us write or has no room (tried, not asked)."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise UserError(f"{path}: {nearest} is a file, not a folder: choose another run folder (hydra.run.dir=...)")
+        raise UserError(f"{path}: {nearest} is a file, not a folder: choose {ANOTHER_FOLDER}")
     probe = temporary_beside(nearest / "probe")
     try:
         with probe.open("xb") as file:
@@ -358,7 +359,7 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         remedy = "free space" if is_full(error) else "mend its permissions"
         raise CannotWrite(
-            f"{path}: cannot be written ({error.strerror}): choose another run folder (hydra.run.dir=...), or {remedy}"
+            f"{path}: cannot be written ({error.strerror}): choose {ANOTHER_FOLDER}, or {remedy}"
         ) from None
     finally:
         with suppress(OSError):  # there is none where nothing can be made
@@ -371,7 +372,7 @@ def _refuse_foreign(path: Path) -> None:
     if found:
         raise UserError(
             f"{path}: holds {', '.join(found)} but no {RESULT}, so it is not known whose: "
-            "choose another run folder (hydra.run.dir=...), or delete these"
+            f"choose {ANOTHER_FOLDER}, or delete these"
         )
 
 

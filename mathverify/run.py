@@ -5,6 +5,7 @@ The engine knows nothing of folders, records or trackers; this is where they mee
 
 from __future__ import annotations
 
+import gc
 import resource
 import signal
 import time
@@ -29,9 +30,10 @@ from mathverify.engine.generate import UNPARSED, generate_verdicts
 from mathverify.engine.loop import train
 from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
+from mathverify.engine.passes import is_out_of_memory
 from mathverify.engine.ranks import Begin, Ranks, Score
 from mathverify.engine.trial import StepReport, Trial, TrialState
-from mathverify.errors import CannotWrite, Interrupted
+from mathverify.errors import CannotWrite, Interrupted, NoRoom
 from mathverify.examples.sources import rows_fingerprint
 from mathverify.judge import Judge, nobody
 from mathverify.prepare import Workbench
@@ -107,8 +109,8 @@ def open_run(config: RunConfig, folder: Path, bench: Workbench, judge: Judge = n
         judge: asked after each validation during training whether to stop (prune) the run there.
 
     Raises:
-        UserError: the folder holds another run, or cannot be written; the base has no such linears to adapt.
-            Nothing in the folder has changed then.
+        UserError: the folder holds another run, or cannot be written; the base has no such linears to adapt; memory is
+            too small for it (NoRoom). Nothing in the folder has changed then.
     """
     check_tracking(config)
     examine(bench.tokenizer, config.prompt, config.train.loss)
@@ -130,10 +132,18 @@ def _open_locked(config: RunConfig, folder: Path, bench: Workbench, judge: Judge
     record.test_fingerprint = rows_fingerprint(bench.splits.test)
     record.notes["data"] = bench.report.to_plain()
     record.notes["memory"] = bench.plan
-    trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
     # Before anything is written: a checkpoint of other data or another base is refused, and its record stands.
-    costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
+    try:
+        trial = Trial.start(config, bench.stores["train"], bench.verdicts, bench.model)
+        costs = load_checkpoint(trial, folder / records.CHECKPOINT, identity)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NoRoom(
+            f"{folder}: out of memory for the run's adapter and optimizer: use a lower lora.rank, fewer "
+            "lora.target_modules, optimizer=adamw_8bit or quantization=nf4"
+        ) from error
     records.write_record(folder, record)
     tracker = open_tracker(config, folder, resume_step=None if costs is None else trial.step)
     return Run(config, folder, trial, record, tracker, identity, lock, judge, costs or {})
@@ -236,7 +246,7 @@ class PackRunner:
         with self._guarding(run), run.timed("checkpoint"):
             save_checkpoint(trial, run.folder / records.CHECKPOINT, run.identity, run.seconds)
 
-    def ended(self, trials: Sequence[Trial]) -> list[Trial]:
+    def ended(self, trials: Sequence[Trial]) -> None:
         runs = [self.open[trial] for trial in trials]
         for run in runs:
             if run.trial.state is TrialState.finished:
@@ -246,6 +256,10 @@ class PackRunner:
             if run not in finished:
                 self._end_early(run)
         self._finish(finished)
+
+    def followers(self) -> list[Trial]:
+        if self.bench.model.device.type == "cuda":
+            gc.collect()  # OmegaConf's swallowed errors are cycles of frames, which may hold runs that have ended
         return [self._admit(run) for run in iter(self.follow, None)]
 
     def _admit(self, run: Run) -> Trial:

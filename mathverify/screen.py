@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import shlex
 import sys
 import time
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mathverify.engine.ranks import place
+from mathverify.printable import as_override
 from mathverify.printable import printable as printable
 from mathverify.records import CHECKPOINT, RunRecord, Status, redact
 from mathverify.run import Run, Screen
@@ -221,12 +221,6 @@ class _LateFile(io.TextIOBase):
         with contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()
-
-
-def as_override(key: str, folder: Path) -> str:
-    """KEY=FOLDER as it can be pasted into a shell, whatever the folder is called."""
-    plain = re.fullmatch(r"[\w./-]+", str(folder)) is not None
-    return f"{key}={folder}" if plain else f"\"{key}='{folder}'\""
 
 
 def final_table(record: RunRecord, folder: Path) -> Table:

@@ -172,3 +172,19 @@ def test_an_interpolation_that_leads_nowhere_is_one_line_for_a_grid_too(tmp_path
     assert ended.returncode == 2
     assert ended.stderr == "error: job 0 (model.name=${nosuch}): Interpolation key 'nosuch' not found\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["basic", "pack"])
+@pytest.mark.parametrize(
+    ("subdir", "said"), [("same", "jobs 0 and 1 would share the folder grid/same"), ("${seed}", "jobs 0 and 2")]
+)
+def test_jobs_of_a_grid_that_would_share_a_folder_are_refused_before_they_start(
+    launcher: str, subdir: str, said: str, tmp_path: Path
+) -> None:
+    grid = ["-m", f"hydra/launcher={launcher}", "lora=r4,r16", "seed=1,2", "hydra.sweep.dir=grid"]
+    done = command(*grid, f"hydra.sweep.subdir={subdir}", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: hydra.sweep.subdir: ")
+    assert said in line
+    assert not list(tmp_path.iterdir())

@@ -64,8 +64,8 @@ def _score_rows(
     work = [(slot, row) for slot in range(len(adapters)) for row in rows]
     scores = np.full(len(work), np.nan)
     lengths = [int(store.lengths[row]) for _, row in work]
+    ready = budget.until_it_fits(lengths, lambda: model.ready(adapters))
     left = _passes(lengths, len(adapters), budget.tokens)
-    ready = model.ready(adapters)
     while left:
         now = left[0]
         part = [work[i] for i in now]

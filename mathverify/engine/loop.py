@@ -27,12 +27,11 @@ class Watcher(Protocol):
     def checkpoint(self, trial: Trial) -> None:
         """A trial that is due to be saved."""
 
-    def ended(self, trials: Sequence[Trial]) -> Sequence[Trial]:
-        """Trials that finished, stopped or failed, each once, those of one round together.
+    def ended(self, trials: Sequence[Trial]) -> None:
+        """Trials that finished, stopped or failed, each once, those of one round together."""
 
-        Returns:
-            Trials that take the free places.
-        """
+    def followers(self) -> Sequence[Trial]:
+        """Trials that take the places of those that ended, which nothing here holds by then."""
 
 
 def train(pack: Pack, watcher: Watcher, stop: Callable[[], bool] = lambda: False) -> None:
@@ -79,8 +78,21 @@ def _is_due(trial: Trial, every: int | None) -> bool:
 
 def _say_ended(pack: Pack, watcher: Watcher) -> None:
     """Until nobody in the pack has ended: a trial that takes a free place may have nothing left to do either."""
-    while ended := [trial for trial in pack.trials if trial.state is not TrialState.running]:
-        for trial in ended:
-            pack.remove(trial)
-        for follower in watcher.ended(ended):
-            pack.add(follower)
+    while _let_go(pack, watcher):
+        _fill(pack, watcher)
+
+
+def _let_go(pack: Pack, watcher: Watcher) -> bool:
+    """Whether trials have ended. On return none of them is held: adapters and optimizer states are freed before those
+    of followers are made."""
+    ended = [trial for trial in pack.trials if trial.state is not TrialState.running]
+    for trial in ended:
+        pack.remove(trial)
+    if ended:
+        watcher.ended(ended)
+    return bool(ended)
+
+
+def _fill(pack: Pack, watcher: Watcher) -> None:
+    for follower in watcher.followers():
+        pack.add(follower)

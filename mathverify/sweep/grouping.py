@@ -33,6 +33,12 @@ def base_key(config: RunConfig) -> str:
     return json.dumps(base_of(config), sort_keys=True)
 
 
+def in_common() -> str:
+    """What runs of a pack share, in words."""
+    *most, last = [*SHARED, *(f"train.{name}" for name in SHARED_IN_TRAIN)]
+    return f"{', '.join(most)} and {last}"
+
+
 def difference(config: RunConfig, other: RunConfig) -> str:
     """Why `config` cannot train together with `other`: 'quantization.kind is nf4, not none'."""
     own, others = base_of(config), base_of(other)

@@ -6,6 +6,7 @@ plugin.py is what Hydra sees. Jobs come as a batch (Hydra's grid) or as a stream
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,9 +20,11 @@ from omegaconf import DictConfig
 
 from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import Interrupted, UserError
+from mathverify.printable import as_override
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
-from mathverify.sweep.grouping import by_base, difference
+from mathverify.sweep.grouping import by_base, difference, in_common
 from mathverify.sweep.lease import leased_device
+from mathverify.sweep.report import say
 from mathverify.sweep.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -67,19 +70,38 @@ def launch(
     _hydras_own_logging(config)
     folder = Path(str(config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _batch(overrides, first, most, context, config)
+    except KeyboardInterrupt:  # before anything trained, or for the second time
+        say(f"stopped. {_continuing(folder)}")
+        sys.exit(INTERRUPTED)
+
+
+def _batch(
+    overrides: Sequence[Sequence[str]], first: int, most: int | None, context: HydraContext, config: DictConfig
+) -> list[JobReturn]:
     tickets = [Ticket.of(first + place, own, config, context) for place, own in enumerate(overrides)]
     groups = [[tickets[i] for i in group] for group in by_base([ticket.config for ticket in tickets])]
     queue = iter([ticket for group in groups for ticket in group])
 
     def planned(screen: PackScreen) -> None:
         base = groups[0][0].config
-        whys = ["", *(difference(group[0].config, base) for group in groups[1:])]
+        common = f"which share {in_common()}" if len(groups[0]) > 1 else ""
+        whys = [common, *(difference(group[0].config, base) for group in groups[1:])]
         screen.planned([([t.number for t in group], why) for group, why in zip(groups, whys, strict=True)])
 
-    _work(
-        lambda: next(queue, None), most, config, at_first=planned, if_stopped=lambda screen: screen.interrupted(folder)
-    )
+    def stopped(screen: PackScreen) -> None:
+        screen.say(f"stopped; what was done is saved. {_continuing(Path(str(config.hydra.sweep.dir)))}")
+
+    _work(lambda: next(queue, None), most, config, at_first=planned, if_stopped=stopped)
     return [ticket.job for ticket in tickets if ticket.job is not None]
+
+
+def _continuing(folder: Path) -> str:
+    """How to go on with a grid in its folder."""
+    words = [word for word in sys.argv[1:] if not word.startswith("hydra.sweep.dir=")]
+    continuing = f"{shlex.join(words)} {as_override('hydra.sweep.dir', folder)}"
+    return f"Continue with: python -m mathverify.train {continuing}"
 
 
 def stream(

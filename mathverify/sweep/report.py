@@ -32,8 +32,11 @@ def say(text: str) -> None:
     print("\n".join(map(printable, str(redact(text)).split("\n"))), flush=True)
 
 
-def plan(session: Session, composer: Composer, validated: int) -> str:
-    """What the sweep is going to do: space, points, budget, engine, cost."""
+def plan(session: Session, composer: Composer, validated: int, at_once: int) -> str:
+    """What the sweep is going to do: space, points, budget, engine, cost.
+
+    validated: how many configs were composed and checked. at_once: most trials that run at the same time.
+    """
     settings, trials = session.settings, [t for t in session.trials() if counts(t)]
     done = sum(trial.state.is_finished() for trial in trials)
     size = session.space.size
@@ -52,8 +55,7 @@ def plan(session: Session, composer: Composer, validated: int) -> str:
         f"points    {'a continuous space' if size is None else size}; {validated} configs composed and valid",
         f"fixed     {' '.join(session.space.fixed) or '-'}",
         f"objective {objective}",
-        f"engine    {sampler} ({seed}), {pruner}, {settings.n_jobs} at once, "
-        f"repeated points: {settings.duplicates.value}",
+        f"engine    {sampler} ({seed}), {pruner}, {at_once} at once, repeated points: {settings.duplicates.value}",
         f"budget    {session.budget} trials, {done} done" + (f", {len(trials) - done} begun" * (len(trials) > done)),
         *_examples_line(composer.examples),
         f"cost      {_cost(session)}",

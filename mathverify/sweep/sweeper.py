@@ -83,7 +83,7 @@ def sweep(
     remember(session)
     if not is_worker():
         _write_multirun(config, session.folder)
-        report.say(report.plan(session, composer, validated))
+        report.say(report.plan(session, composer, validated, _at_once(settings, config)))
     proposer = Proposer(session, composer, config, job_extras=lambda n: _job_extras(session, config, n))
     proposer.ended = lambda trial: report.say(report.trial_lines(session, trial))
     with uploads_in_background():
@@ -109,7 +109,7 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
     folder = study_folder(settings, config)
     session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
     session.lanes = _lanes(settings, config)
-    report.say(report.plan(session, composer, validated))
+    report.say(report.plan(session, composer, validated, _at_once(settings, config)))
     report.say("dry run: nothing was started (hydra.sweeper.dry_run=true)")
 
 
@@ -142,6 +142,12 @@ def _launcher(context: HydraContext, task: TaskFunction, config: DictConfig) -> 
 def _lanes(settings: Settings, config: DictConfig) -> int:
     """How many trials take their seconds at the same time."""
     return 1 if config.hydra.launcher.get("_target_") == PACK_TARGET else settings.n_jobs
+
+
+def _at_once(settings: Settings, config: DictConfig) -> int:
+    """How many trials run at the same time, at most."""
+    most = config.hydra.launcher.get("max_trials") if config.hydra.launcher.get("_target_") == PACK_TARGET else None
+    return settings.n_jobs if most is None else min(settings.n_jobs, most)
 
 
 def _run_all(proposer: Proposer, launcher: Launcher, config: DictConfig) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from mathverify import entry
 from mathverify.config import RunConfig
-from mathverify.errors import CannotWrite, without_frames
+from mathverify.errors import CannotWrite, RunFailed, UserError, without_frames
 from mathverify.files import cannot_write
 from mathverify.judge import Judge, nobody
 from mathverify.sweep.attempt import ERROR_FILE, Attempt, Superseded, TrialFailed
@@ -111,8 +111,11 @@ class Ticket:
             (self.folder / ERROR_FILE).unlink(missing_ok=True)
         self.config = entry.to_run_config(config)
 
-    def end(self, value: float | None = None, error: Exception | None = None) -> None:
+    def end(self, value: float | None = None, error: Exception | None = None, is_told: bool = False) -> None:
         """The run is over: it came to `value`, or broke with `error`.
+
+        Args:
+            is_told: the screen has said of what it broke.
 
         Raises:
             CannotWrite: `error` is one, and the trial of a study: the sweep cannot go on, the trial can.
@@ -123,8 +126,10 @@ class Ticket:
             raise error
         self.job.return_value, self.job.status = value, JobStatus.COMPLETED
         if error is not None:
+            error = entry.told(error) if is_told else error
             entry.refuse(self.folder, error, is_trial=self.attempt is not None)
-            self.job.return_value, self.job.status = error, JobStatus.FAILED
+            self.job = _Told(**vars(self.job))
+            self.job.return_value, self.job.status = _for_hydra(error), JobStatus.FAILED
         if self.attempt is not None:
             outcome = (
                 self.attempt.returned(self.folder, value) if error is None else self.attempt.raised(self.folder, error)
@@ -146,6 +151,25 @@ class Ticket:
         """Interrupted: whoever comes next continues it."""
         if self.attempt is not None:
             self.attempt.released()
+
+
+class _Told(JobReturn):
+    """A job that failed, for Hydra, which raises its error once all jobs are done. Says nothing more about it."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status is JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def _for_hydra(error: Exception) -> Exception:
+    """What ends the command in the end: exit code 2 for a user's error, 1 for any other, whose traceback was shown."""
+    return error if isinstance(error, UserError | RunFailed) else entry.told(RunFailed(entry.one_line(error)))
 
 
 class _OnlyStart:

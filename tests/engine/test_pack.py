@@ -221,6 +221,31 @@ def test_a_segment_that_cannot_fit_is_said_in_one_line(
         train(model, rows, [config()])
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_no_memory_for_the_adapters_of_an_evaluation_halves_the_budget_or_is_one_line(
+    model: PackedModel, rows: Rows, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    calm = score(model, [None], rows, VERDICTS, TokenBudget(200))  # type: ignore[arg-type]
+    real = PackedModel.ready
+    failed = 0
+
+    def crowded(self: PackedModel, adapters: Sequence[object]) -> object:
+        nonlocal failed
+        failed += 1
+        if failed <= times:
+            raise torch.OutOfMemoryError("injected")
+        return real(self, adapters)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PackedModel, "ready", crowded)
+    budget = TokenBudget(200)
+    if times == 1:
+        assert np.allclose(score(model, [None], rows, VERDICTS, budget), calm, atol=1e-5)  # type: ignore[arg-type]
+        assert budget.tokens == 100
+    else:
+        with pytest.raises(UserError, match=r"out of memory.*memory=lean"):
+            score(model, [None], rows, VERDICTS, budget)  # type: ignore[arg-type]
+
+
 def test_recomputed_activations_give_the_same_losses(model: PackedModel, rows: Rows, config: Config) -> None:
     (kept,) = train(model, rows, [config(dropout=0.2)])
     model.recompute_activations(True)

@@ -33,6 +33,7 @@ class Crew:
         self.trials = [Trial.start(config, rows, VERDICTS, model) for config in configs]  # type: ignore[arg-type]
         self.losses: dict[Trial, list[float]] = {trial: [] for trial in self.trials}
         self.waiting = self.trials[places:]
+        self.free = 0
         self.rounds: list[list[Trial]] = []
         self.shares: list[float] = []
         pack = Pack(model, TokenBudget(budget))
@@ -50,8 +51,13 @@ class Crew:
 
     def checkpoint(self, trial: Trial) -> None: ...
 
-    def ended(self, trials: Sequence[Trial]) -> list[Trial]:
-        return [self.waiting.pop(0) for _ in trials if self.waiting]
+    def ended(self, trials: Sequence[Trial]) -> None:
+        self.free += len(trials)
+
+    def followers(self) -> list[Trial]:
+        came, self.waiting = self.waiting[: self.free], self.waiting[self.free :]
+        self.free -= len(came)
+        return came
 
 
 def with_kind(kind: OptimizerKind, **changes: Any) -> RunConfig:

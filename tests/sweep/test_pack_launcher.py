@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import torch
 from hydra.utils import get_object
 
 from mathverify import entry
 from mathverify.config import RunConfig
+from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.errors import CannotWrite, Interrupted, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
@@ -115,7 +118,8 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = cli(*PACK, "lora=r4,r16", "seed=1,2", "lora.dropout=0.1")
-    assert "pack 1: runs 0, 1, 2, 3, which share model, quantization, prompt, data and device" in out
+    common = "model, quantization, prompt, data, device, train.memory, train.token_budget and train.threads"
+    assert f"pack 1: runs 0, 1, 2, 3, which share {common}\n" in out
     points = [("lora=r4", "seed=1"), ("lora=r4", "seed=2"), ("lora=r16", "seed=1"), ("lora=r16", "seed=2")]
     for number, point in enumerate(points):
         folder = tmp_path / "grid" / str(number)
@@ -123,6 +127,17 @@ def test_a_grid_in_a_pack_leaves_what_its_runs_leave_alone(
         assert read_record(folder).notes["pack"] == {"most_runs_beside": 3}
         assert set(point) <= set(json.loads(json.dumps((folder / ".hydra/overrides.yaml").read_text().split())))
         assert (folder / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_runs_are_called_by_their_numbers_wherever_their_folders_are(cli: Cli, tmp_path: Path) -> None:
+    out = cli(
+        *PACK, "hydra.sweep.subdir='at most ${prompt.max_length}'", "prompt.max_length=400,500", "train.eval_every=null"
+    )
+    assert "pack 1: run 0\npack 2: run 1, prompt.max_length is 500, not 400\n" in out
+    for number, length in enumerate((400, 500)):
+        said = [line for line in out.splitlines() if line.startswith(f"run {number} (r64-a64-b4)")]
+        assert len(said) == 2  # it joins and ends
+        assert said[0].endswith(f"grid/at most {length}")
 
 
 def test_the_sum_of_the_runs_seconds_is_the_time_that_passed(
@@ -195,6 +210,26 @@ def test_runs_on_a_quantised_base_train_beside_each_other(cli: Cli, alone: Calla
         assert read_record(tmp_path / "grid" / number).notes["pack"] == {"most_runs_beside": 1}
 
 
+def test_the_next_base_is_loaded_when_nothing_holds_the_last_one(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where one base is warm at a time."""
+    from mathverify import base
+
+    models: list[weakref.ref[Any]] = []
+    load = base._load_model
+
+    def loading(*arguments: Any) -> Any:
+        assert [ref() for ref in models] == [None] * len(models)
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(base, "_warm", {})
+    monkeypatch.setattr(base, "_has_room_for_two", lambda device: False)
+    monkeypatch.setattr(base, "_load_model", loading)
+    cli(*PACK, "quantization=none,int8", "seed=1,2", "train.max_steps=2")
+    assert len(models) == 2
+
+
 def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     cli: Cli, alone: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -224,6 +259,30 @@ def test_a_run_that_has_ended_leaves_memory_while_others_take_its_place(
     assert not trials
 
 
+def test_nothing_of_a_run_is_held_when_others_take_its_place(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who come next need the room of its adapter, gradient and optimizer."""
+    from mathverify import run as runs
+
+    left: list[weakref.ref[Any]] = []
+    held: list[int] = []
+    leave, open_run = runs.PackRunner._leave, runs.open_run
+
+    def leaving(runner: runs.PackRunner, run: runs.Run, status: Status) -> None:
+        left.extend(weakref.ref(part) for part in (run.trial, run.trial.adapter, run.trial.optimizer))
+        leave(runner, run, status)
+
+    def opening(*arguments: Any) -> runs.Run | None:
+        gc.collect()
+        held.append(sum(ref() is not None for ref in left))
+        return open_run(*arguments)
+
+    monkeypatch.setattr(runs.PackRunner, "_leave", leaving)
+    monkeypatch.setattr("mathverify.sweep.packs.open_run", opening)
+    cli(*PACK, "hydra.launcher.max_trials=2", "train.max_steps=2", "seed=range(6)")
+    assert len(left) == 6 * 3
+    assert held == [0] * 6
+
+
 def test_runs_of_a_pack_may_differ_in_all_but_the_base(cli: Cli, alone: Callable[..., Path], tmp_path: Path) -> None:
     axes = ["train.loss=label,sequence", "optimizer=adamw,adamw_8bit"]
     cli(*PACK, *axes, "optimizer.schedule=cosine", "lora.target_modules=[q_proj,down_proj]", "train.batch_size=3")
@@ -249,6 +308,8 @@ def test_a_run_that_diverges_fails_with_its_reason_and_the_others_do_not_notice(
     assert failed.reason is not None
     assert "at step" in failed.reason
     assert f"failed: {failed.reason}" in out
+    assert out.count(failed.reason) == 1
+    assert "Error executing job" not in out
     assert failed.metrics.test is None
     for number, rate in ((0, "1e-4"), (2, "2e-4")):
         single = alone(f"optimizer.learning_rate={rate}", "optimizer.max_grad_norm=null")
@@ -295,6 +356,50 @@ def test_a_pack_that_breaks_up_goes_on_in_smaller_ones(
     monkeypatch.setattr(Pack, "step", real)
     for number, seed in enumerate((1, 2, 3)):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"seed={seed}"))
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let adapters of rank 16 run out of memory where there are more than so many others."""
+
+    def set_room(most: int) -> None:
+        alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
+        make = Adapter.__init__
+
+        def making(adapter: Adapter, shapes: Any, lora: Any, *rest: Any) -> None:
+            gc.collect()
+            if lora.rank == 16 and len(alive) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore words")
+            make(adapter, shapes, lora, *rest)
+            alive.add(adapter)
+
+        monkeypatch.setattr(Adapter, "__init__", making)
+
+    return set_room
+
+
+@pytest.mark.parametrize("most", ["null", "2"])
+def test_a_run_that_finds_no_memory_beside_the_others_waits_until_they_have_ended(
+    most: str, cli: Cli, room: Callable[[int], None], tmp_path: Path
+) -> None:
+    room(0)
+    out = cli(*PACK, f"hydra.launcher.max_trials={most}", "lora.rank=8,16,4", "train.max_steps=2")
+    assert "run 1 waits until there is room in memory" in out
+    records = [read_record(tmp_path / "grid" / number) for number in "012"]
+    assert [record.status for record in records] == [Status.completed] * 3
+    assert "pack" not in records[1].notes
+
+
+def test_a_run_that_finds_no_memory_alone_is_told_what_to_do_in_one_line(
+    cli: Cli, room: Callable[[int], None], tmp_path: Path
+) -> None:
+    room(-1)
+    out = cli(*PACK, "lora.rank=8,16,4", "train.max_steps=2", code=2)
+    (line,) = [line for line in out.splitlines() if "out of memory" in line]
+    assert line.startswith("error: ")
+    assert "grid/1: out of memory for the run's adapter and optimizer: use a lower lora.rank" in line
+    assert [read_record(tmp_path / "grid" / number).status for number in "02"] == [Status.completed] * 2
+    assert not (tmp_path / "grid/1").exists()
 
 
 @pytest.mark.parametrize("how", ["a signal", "a break-up"])
@@ -385,10 +490,10 @@ def test_the_error_of_a_run_that_failed_holds_no_frames_while_others_train(
     errors: list[Exception] = []
     end = Ticket.end
 
-    def noting(ticket: Ticket, value: float | None, error: Exception | None) -> None:
+    def noting(ticket: Ticket, value: float | None, error: Exception | None, is_told: bool) -> None:
         if error is not None:
             errors.append(error)
-        end(ticket, value, error)
+        end(ticket, value, error, is_told)
 
     def cursed(whose: Any, *arguments: Any) -> Any:
         for error in errors:
@@ -421,6 +526,19 @@ def test_the_traceback_of_a_run_that_failed_is_shown_if_asked_for(
     with pytest.raises(UserError, match="this base is cursed"):
         cli(*PACK, "seed=1")
     assert ", in broken\n" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_meant_fails_its_run_and_is_shown_with_its_traceback_once(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pack: Pack) -> Any:
+        raise ValueError("no " + "luck")
+
+    monkeypatch.setattr(Pack, "step", broken)
+    out = cli(*PACK, "seed=1", code=1)
+    assert out.count(", in broken\n") == out.count("Traceback") == out.count("ValueError: no luck\n") == 1
+    assert out.count("no luck") == 2
+    assert "failed: no luck; " in out
 
 
 def test_what_breaks_every_pack_fails_each_run_with_its_reason(
@@ -580,6 +698,21 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> 
     while not (metrics.exists() and metrics.read_text().count("train/loss") > count):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
+
+
+def test_a_grid_that_is_stopped_before_it_trains_says_how_to_go_on(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mathverify.sweep.pack_launcher.setup_globals", stopped)  # the first that is done for a batch
+        out = cli("-m", "hydra/launcher=pack", "hydra.sweep.dir=my grid", "seed=1,2", "train.max_steps=2", code=130)
+    said, _, command = out.partition("Continue with: python -m mathverify.train ")
+    assert said == "stopped. "
+    cli(*(word for word in shlex.split(command) if word.partition("=")[0] != "data.cache_dir"))
+    assert [read_record(tmp_path / "my grid" / n).status for n in "01"] == [Status.completed] * 2
 
 
 @pytest.mark.slow

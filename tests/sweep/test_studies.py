@@ -84,6 +84,12 @@ def test_a_grid_takes_every_point_and_says_beforehand_who_sees_more_examples(
     assert f"examples  {examples}" in out
 
 
+@pytest.mark.parametrize(("most", "at_once"), [("2", 2), ("5", 3), ("null", 3)])
+def test_the_plan_says_how_many_trials_there_may_be_in_a_pack(most: str, at_once: int, sweep_here: Sweep) -> None:
+    limits = ["hydra.sweeper.n_jobs=3", f"hydra.launcher.max_trials={most}"]
+    assert f", {at_once} at once, " in sweep_here("sweep=rank_grid", *limits, "hydra.sweeper.dry_run=true").out
+
+
 def test_every_point_of_a_continuous_space_is_refused(sweep_here: Sweep) -> None:
     done = sweep_here("sweep=learning_rate", "hydra.sweeper.n_trials=null")
     assert done.code == 2
