@@ -43,12 +43,18 @@ def rows_times(
 
 
 class GroupedWeights:
-    """See products.LoopWeights; stacks are made once for all passes that share them."""
+    """See products.LoopWeights; stacks are made once for all passes that share them, and let go after the round: they
+    take as much memory as all adapters, which the optimizers' first step may need."""
+
+    lasting = False
 
     def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype, device: torch.device) -> None:
         # Products know the adapters, not this: in a cycle they would outlive their round, gigabytes of them.
         self._adapters = _Adapters(adapters, dtype, device)
         self._made: dict[tuple[str, ...], GroupedProducts | None] = {}
+
+    def refresh(self) -> None:
+        self._made.clear()
 
     def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> GroupedProducts | None:
         if names not in self._made:

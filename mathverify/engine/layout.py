@@ -77,6 +77,10 @@ class Rows:
 
     def per_row(self, values: Sequence[float]) -> torch.Tensor:
         """float32 [rows]: for each row the value of its adapter, 1 for rows of none."""
+        if len(self.spans) == 1:  # made on the device: a CUDA graph can hold that, and not a copy from the host
+            (span,) = self.spans
+            value = 1.0 if span.slot is None else float(values[span.slot])
+            return torch.full((span.end - span.start,), value, device=self.device)
         parts = [
             np.full(span.end - span.start, 1.0 if span.slot is None else values[span.slot], dtype=np.float32)
             for span in self.spans
@@ -89,9 +93,11 @@ class PassLayout:
 
     ids, positions: int64 [1, tokens]. starts: int32 [segments + 1], running token offsets. last: int64 [segments],
     the index of each segment's last token.
+
+    steady: the shapes of all tensors, and `longest`, are to depend on the numbers of tokens and segments only.
     """
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu") -> None:
+    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu", steady: bool = False) -> None:
         assert segments, "a pass has at least one segment"
         slots = [-1 if segment.slot is None else segment.slot for segment in segments]
         self.order = sorted(range(len(segments)), key=slots.__getitem__)
@@ -101,9 +107,11 @@ class PassLayout:
         self.lengths = lengths
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         self.tokens = int(self.offsets[-1])
-        self.longest = int(lengths.max())
+        self.steady = steady
+        self.longest = self.tokens if steady else int(lengths.max())
         self.spans = self._spans(self.offsets)
         self._tiles: torch.Tensor | None = None
+        self._tile_size = 0
 
     def _spans(self, offsets: NDArray[np.int64]) -> list[Span]:
         spans: list[Span] = []
@@ -149,6 +157,21 @@ class PassLayout:
         return self._tensor(self.offsets[1:] - 1, torch.int64)
 
     @cached_property
+    def weights(self) -> torch.Tensor:
+        """float32 [segments]."""
+        return self._tensor(np.array([s.weight for s in self.segments]), torch.float32)
+
+    @cached_property
+    def signs(self) -> torch.Tensor:
+        """float32 [segments]: 1 where the label is True, else -1."""
+        return self._tensor(np.array([1.0 if s.label else -1.0 for s in self.segments]), torch.float32)
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int64 [segments]; -1 for the bare base."""
+        return self._tensor(np.array([-1 if s.slot is None else s.slot for s in self.segments]), torch.int64)
+
+    @cached_property
     def padded_index(self) -> torch.Tensor:
         """int64 [tokens]: where each token goes in a [segments x longest] grid."""
         rows = np.repeat(np.arange(len(self.segments)), self.lengths)
@@ -160,12 +183,20 @@ class PassLayout:
         return self._tensor(np.arange(self.longest)[None] < self.lengths[:, None], torch.bool)
 
     def tiles(self, size: int) -> torch.Tensor:
-        """int32 [tiles, 3]: its segment's first token, first token and segment's end of tiles of `size` tokens."""
+        """int32 [tiles, 3]: its segment's first token, first token and segment's end of tiles of `size` tokens.
+
+        In a steady layout there are as many as there could be; those that hold nothing are 0, 0, 0.
+        """
         if self._tiles is None:
+            self._tile_size = size
             counts = -(-self.lengths // size)
             begins, ends = np.repeat(self.offsets[:-1], counts), np.repeat(self.offsets[1:], counts)
             inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            self._tiles = self._tensor(np.stack([begins, begins + inside * size, ends], axis=1), torch.int32)
+            tiles = np.stack([begins, begins + inside * size, ends], axis=1)
+            if self.steady:
+                most = self.tokens // size + len(self.segments)
+                tiles = np.concatenate([tiles, np.zeros((most - len(tiles), 3), dtype=tiles.dtype)])
+            self._tiles = self._tensor(tiles, torch.int32)
         return self._tiles
 
     @cached_property
@@ -179,6 +210,16 @@ class PassLayout:
         keys = np.array([s.key for s in self.segments], dtype=np.uint64)
         mixed = np.repeat(keys, self.lengths) * np.uint64(0x9E3779B1) + self._positions.astype(np.uint64)
         return self._tensor((mixed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), torch.int32)
+
+    def become(self, other: PassLayout) -> None:
+        """Take over another steady pass of as many tokens and segments, all of one slot: the tensors that are there
+        are overwritten in place, for CUDA graphs that read them. Only tensors follow, not `segments` and the like."""
+        assert self.steady and other.steady and len(self.segments) == len(other.segments)
+        if self._tiles is not None:
+            self._tiles.copy_(other.tiles(self._tile_size), non_blocking=True)
+        for name, own in list(vars(self).items()):
+            if name != "_tiles" and isinstance(own, torch.Tensor):
+                own.copy_(getattr(other, name), non_blocking=True)
 
     def unsorted(self, values: torch.Tensor) -> torch.Tensor:
         """Per-segment values [segments, ...] back in the order in which the segments were given."""

@@ -61,8 +61,14 @@ class PackedModel:
         for group in self.fast.groups:
             group.frozen.to_fp8()
 
+    @property
+    def replays(self) -> bool:
+        """Whether training passes of one adapter may be recorded as CUDA graphs."""
+        fast = self.fast is not None and not self.fast.recompute
+        return self.device.type == "cuda" and fast and self.base.dtype.itemsize == 2
+
     def ready(self, adapters: Sequence[Adapter | None]) -> Ready:
-        """Adapters for coming passes, prepared once; stale as soon as one of them changes."""
+        """Adapters for coming passes, prepared once; stale as soon as one of them changes (Weights.refresh)."""
         weights = None if self.fast is None else weights_of(adapters, self.base.dtype, self.device)
         return Ready(adapters, weights)
 
@@ -99,17 +105,17 @@ class PackedModel:
         Only two rows of the output layer are used. Order: that of `layout.segments`.
         """
         at_verdict = self.hidden(layout, last_only=True).float()
-        rows = self.head.weight[[true_id, false_id]].to(self.device).float()
+        rows = torch.stack([self.head.weight[true_id], self.head.weight[false_id]]).to(self.device).float()
         logits: Tensor = at_verdict @ rows.t()
         if self.head.bias is not None:
-            logits = logits + self.head.bias[[true_id, false_id]].to(self.device).float()
+            bias = torch.stack([self.head.bias[true_id], self.head.bias[false_id]])
+            logits = logits + bias.to(self.device).float()
         logits = self._finish(logits)
         return logits[:, 0] - logits[:, 1]
 
     def verdict_losses(self, layout: PassLayout, true_id: int, false_id: int) -> Tensor:
         """Two-way cross-entropy of each segment's verdict, float32 [segments]: softplus(-score) for True."""
-        signs = torch.tensor([1.0 if s.label else -1.0 for s in layout.segments], device=self.device)
-        return softplus(-signs * self.scores(layout, true_id, false_id))
+        return softplus(-layout.signs * self.scores(layout, true_id, false_id))
 
     def sequence_losses(self, layout: PassLayout) -> Tensor:
         """Summed next-token cross-entropy of each segment, float32 [segments].

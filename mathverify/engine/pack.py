@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from mathverify.config import LossKind
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
-from mathverify.engine.passes import TokenBudget, cut
+from mathverify.engine.passes import TokenBudget, cut, is_out_of_memory
 from mathverify.engine.ranks import Ranks, Step
+from mathverify.engine.replay import MOST_TOKENS, Replays
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
 
@@ -34,7 +36,7 @@ class Pack:
         self.ranks = ranks or Ranks()
         self.trials: list[Trial] = []
         self.shares: dict[Trial, float] = {}
-        self._made_ready: tuple[list[Adapter | None], Ready] | None = None
+        self._kept: _Kept | None = None
 
     def add(self, trial: Trial) -> None:
         """A trial joins from the next round on."""
@@ -44,7 +46,7 @@ class Pack:
         """A trial leaves; the others do not notice."""
         self.trials.remove(trial)
         self.shares.pop(trial, None)
-        self._made_ready = None
+        self._kept = None
 
     @property
     def running(self) -> list[Trial]:
@@ -85,24 +87,35 @@ class Pack:
 
     def _passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
         """Forward and backward of a whole round: gradients into the adapters, summed weighted losses by slot."""
+        try:
+            return self._try_passes(trials, segments)
+        except RuntimeError as error:
+            # What was recorded holds memory that passes can do without.
+            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.give_up():
+                raise
+        return self._try_passes(trials, segments)
+
+    def _try_passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
-        ready = self._ready(trials)
+        kept = self._ready(trials)
         for kind, part in self._cut(trials, segments):
-            self._one_pass(trials, ready, kind, PassLayout(part, self.model.device), totals)
+            self._one_pass(trials, kept, kind, part, totals)
         sums: list[float] = totals.tolist()
         return sums
 
-    def _ready(self, trials: Sequence[Trial]) -> Ready:
-        """The trials' adapters as passes need them. In float32 passes use the adapters themselves, so that once is
-        enough as long as the trials are the same; else they use copies, which each update makes stale."""
+    def _ready(self, trials: Sequence[Trial]) -> _Kept:
+        """The trials' adapters as passes need them, kept for the next round of the same trials if that is worth it."""
         adapters: list[Adapter | None] = [trial.adapter for trial in trials]
-        if self.model.base.dtype is not torch.float32:
-            return self.model.ready(adapters)
-        if self._made_ready is None or self._made_ready[0] != adapters:
-            self._made_ready = adapters, self.model.ready(adapters)
-        return self._made_ready[1]
+        kept = self._kept
+        if kept is None or kept.ready.adapters != adapters:
+            kept = _Kept(self.model.ready(adapters), Replays(self.model.device))
+            lasting = kept.ready.weights is not None and kept.ready.weights.lasting
+            self._kept = kept if lasting else None
+        elif kept.ready.weights is not None:
+            kept.ready.weights.refresh()
+        return kept
 
     def _cut(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> Iterator[tuple[LossKind, list[Segment]]]:
         """Passes of one kind of loss each."""
@@ -112,20 +125,41 @@ class Pack:
                 yield kind, [own[i] for i in indices]
 
     def _one_pass(
-        self, trials: Sequence[Trial], ready: Ready, kind: LossKind, layout: PassLayout, totals: Tensor
+        self, trials: Sequence[Trial], kept: _Kept, kind: LossKind, segments: Sequence[Segment], totals: Tensor
     ) -> None:
-        weights = torch.tensor([s.weight for s in layout.segments], device=self.model.device)
-        slots = torch.tensor([s.slot for s in layout.segments], device=self.model.device)
-        with self.model.applying(ready, layout, training=True):
-            weighted = self._losses(trials[0], kind, layout) * weights
-            # Inside the block: with recomputed activations the backward pass runs the adapters again.
-            weighted.sum().backward()
+        def work(layout: PassLayout) -> Tensor:
+            with self.model.applying(kept.ready, layout, training=True):
+                weighted = self._losses(trials[0], kind, layout) * layout.weights
+                # Inside the block: with recomputed activations the backward pass runs the adapters again.
+                weighted.sum().backward()
+            return weighted.detach()
+
+        if self._replays(trials, kind, segments):
+            totals += kept.replays.losses(segments, work).sum()
+            return
+        layout = PassLayout(segments, self.model.device)
+        weighted = work(layout)
         # Row sums, not index_add_, which on a GPU adds in whatever order its threads come. Chosen, not multiplied by
         # zero: a trial whose loss is not a number stays the only one.
-        own = slots[None, :] == torch.arange(len(totals), device=slots.device)[:, None]
-        totals += torch.where(own, weighted.detach(), 0.0).sum(dim=1)
+        own = layout.slots[None, :] == torch.arange(len(totals), device=totals.device)[:, None]
+        totals += torch.where(own, weighted, 0.0).sum(dim=1)
+
+    def _replays(self, trials: Sequence[Trial], kind: LossKind, segments: Sequence[Segment]) -> bool:
+        """Whether a pass is of the kind that is recorded. With at most half the budget there is room for what its graph
+        holds beside other passes."""
+        most = min(MOST_TOKENS, self.budget.tokens // 2)
+        small = sum(len(segment) for segment in segments) <= most
+        return self.model.replays and len(trials) == 1 and kind is LossKind.label and small
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:
             return self.model.sequence_losses(layout)
         return self.model.verdict_losses(layout, trial.verdicts.true_id, trial.verdicts.false_id)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What rounds of the same trials share: their adapters, ready for passes, and the passes recorded with them."""
+
+    ready: Ready
+    replays: Replays

@@ -155,10 +155,17 @@ class LoopProducts:
 class LoopWeights:
     """Adapters' weights in the dtype of the passes, made once for all passes that share them."""
 
+    lasting = True
+
     def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype) -> None:
         self._adapters = adapters
         self._flats = [None if adapter is None else adapter.flat.detach().to(dtype) for adapter in adapters]
         self._made: dict[tuple[str, ...], LoopProducts | None] = {}
+
+    def refresh(self) -> None:
+        for adapter, flat in zip(self._adapters, self._flats, strict=True):
+            if adapter is not None and flat is not None and flat.dtype is not adapter.flat.dtype:
+                flat.copy_(adapter.flat)
 
     def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> Products | None:
         """The products of linears with one input, members in this order; None when no adapter targets any of them."""
@@ -212,7 +219,15 @@ def _starts(outs: Sequence[int]) -> list[int]:
 
 
 class Weights(Protocol):
-    """What a pass's products are made from."""
+    """What a pass's products are made from.
+
+    lasting: worth keeping for the next round of the same adapters.
+    """
+
+    lasting: bool
+
+    def refresh(self) -> None:
+        """Take over the adapters' present numbers, in place where they last."""
 
     def products(self, names: tuple[str, ...], outs: tuple[int, ...]) -> Products | None:
         """See LoopWeights.products."""

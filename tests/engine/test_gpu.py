@@ -112,6 +112,38 @@ def test_a_trial_in_a_bf16_pack_ends_near_where_it_ends_alone(rows: Rows, config
         assert cosine(packed, alone.adapter.flat) > 0.999
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_recorded_run_has_the_bits_of_a_launched_one(
+    rows: Rows, config: Config, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs of passes against the same launches one by one, with scoring in between."""
+    from mathverify.engine import replay
+
+    model = on_gpu()
+    settings = config(max_steps=30, dropout=dropout, max_grad_norm=0.5, rank=8)
+    replayed: list[int] = []
+    usual = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replayed.append(1), usual(self))[1])
+
+    def run() -> tuple[torch.Tensor, np.ndarray]:
+        pack = Pack(model, TokenBudget(10**6))
+        trial = Trial.start(settings, rows, VERDICTS, model)  # type: ignore[arg-type]
+        pack.add(trial)
+        for _ in range(30):
+            pack.step()
+            scores = score(model, [trial.adapter], rows, VERDICTS, TokenBudget(200))  # type: ignore[arg-type]
+        return trial.adapter.flat.clone(), scores
+
+    adapter, scores = run()
+    assert len(replayed) > 10
+    replayed.clear()
+    monkeypatch.setattr(replay, "Recorder", lambda device: lambda work: work)
+    launched, launched_scores = run()
+    assert not replayed
+    assert torch.equal(adapter, launched)
+    assert np.array_equal(scores, launched_scores)
+
+
 def test_kernels_equal_their_definitions_in_torch() -> None:
     """Each Triton kernel against the torch function of the same name, at odd sizes, in both number formats."""
     from mathverify.engine import elementwise as ew

@@ -238,15 +238,14 @@ def test_out_of_memory_halves_the_passes_and_what_still_does_not_fit_is_infeasib
 ) -> None:
     import torch
 
-    from mathverify.engine.layout import PassLayout
     from mathverify.engine.pack import Pack
 
     calm = Pack._one_pass
 
     def short_of_memory(self: Pack, trials: Any, *rest: Any) -> None:
         ranks = {trial.config.lora.rank for trial in trials}
-        (layout,) = [given for given in rest if isinstance(given, PassLayout)]
-        if 64 in ranks or (32 in ranks and layout.tokens > 60):
+        (segments,) = [given for given in rest if isinstance(given, list)]
+        if 64 in ranks or (32 in ranks and sum(len(segment) for segment in segments) > 60):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         calm(self, trials, *rest)
 

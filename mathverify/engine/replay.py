@@ -1,0 +1,141 @@
+"""Small passes of one adapter as CUDA graphs: recorded once for each size, then launched as a whole.
+
+A pass of an 8B model is a few thousand launches. Python needs 0.1 to 0.3 s for them, as the host's cores go, and a GPU
+less than that for a pass of up to some 4,000 tokens: it would wait. A graph holds fixed shapes, and every pass has
+another number of tokens; so passes are rounded up with segments that weigh nothing. That changes a result no more than
+another cutting into passes does. A pass that is not recorded (yet) is rounded up all the same: when a size is recorded
+makes no difference to a bit of the result.
+
+What records is an argument: on a CPU, tests let it call the work again, which shows that what a graph reads is
+overwritten as it should be.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.passes import is_out_of_memory
+
+log = logging.getLogger(__name__)
+Work = Callable[[], Tensor]
+
+MOST_TOKENS = 8192
+"""Of a pass that is recorded: with more, the GPU is slower than the launches."""
+
+MOST_GRAPHS = 64
+"""Sizes that are kept; each graph takes some megabytes of the host's and of the device's memory."""
+
+BEFORE = 2
+"""Times that a size must have come before it is recorded: recording costs as much as launching."""
+
+SEGMENTS = 4
+"""Segments are rounded up to a multiple of this."""
+
+
+def rounded(segments: Sequence[Segment]) -> list[Segment]:
+    """These segments of one slot, and behind them at least one that weighs nothing, so that sizes repeat.
+
+    Tokens become a multiple of 64 up to 2,048 and of 128 above, segments one of SEGMENTS.
+    """
+    count = -(-(len(segments) + 1) // SEGMENTS) * SEGMENTS - len(segments)
+    tokens = sum(len(segment) for segment in segments) + count
+    step = 64 if tokens <= 2048 else 128
+    lengths = [1] * (count - 1) + [1 + -tokens % step]
+    ids = segments[0].ids
+    slot = segments[0].slot
+    return [*segments, *(Segment(ids[:1].repeat(length), False, slot, 0.0) for length in lengths)]
+
+
+class Replays:
+    """The recorded passes of one adapter, by size.
+
+    record: takes work on tensors that stay where they are, and returns what does it again. On an out-of-memory or when
+    recording fails nothing is recorded from then on: passes are launched one by one.
+    """
+
+    def __init__(self, device: torch.device, record: Callable[[Work], Work] | None = None) -> None:
+        self._device = device
+        self._record = record or Recorder(device)
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._recorded: dict[tuple[int, int], tuple[PassLayout, Work]] = {}
+        self._given_up = False
+
+    def losses(self, segments: Sequence[Segment], work: Callable[[PassLayout], Tensor]) -> Tensor:
+        """What `work` returns for these segments, [segments].
+
+        Args:
+            work: from the layout of a pass to something for each of its segments, and whatever else it does on the
+                device. Given the same sizes, it must launch the same. It is called, or what it launched once is again.
+        """
+        wanted = rounded(segments)
+        size = sum(len(segment) for segment in wanted), len(wanted)
+        if size in self._recorded:
+            layout, replay = self._recorded[size]
+            layout.become(PassLayout(wanted, "cpu", steady=True))
+            return replay()[: len(segments)]
+        layout = PassLayout(wanted, self._device, steady=True)
+        found = work(layout)[: len(segments)]
+        self._seen[size] += 1
+        if self._seen[size] > BEFORE and len(self._recorded) < MOST_GRAPHS and not self._given_up:
+            # Behind the real pass, which has put the layout's tensors in place and loaded all kernels.
+            self._keep(size, layout, work)
+        return found
+
+    def _keep(self, size: tuple[int, int], layout: PassLayout, work: Callable[[PassLayout], Tensor]) -> None:
+        try:
+            self._recorded[size] = layout, self._record(lambda: work(layout))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                log.warning("passes are launched one by one, which is slower for small ones: %s", error)
+            self.give_up()
+
+    def give_up(self) -> bool:
+        """Let go of what was recorded, and record no more; whether there was anything."""
+        had = bool(self._recorded)
+        self._recorded.clear()
+        self._given_up = True
+        return had
+
+
+class Recorder:
+    """Records CUDA graphs. They share their memory, since one is through before the next begins, and what one returns
+    is to be used before the next one starts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, work: Work) -> Work:
+        if self._stream is None:  # one for all: cuBLAS keeps a workspace for each stream it has seen
+            self._stream = torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection frees might not be freed while a graph is recorded
+        try:
+            with torch.cuda.stream(self._stream):
+                # Other threads (NCCL's, W&B's) may go on meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay

@@ -1,0 +1,209 @@
+"""Passes that are recorded once a size: what is not recorded, rounded up or refused for memory must not be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mathverify.config import RunConfig
+from mathverify.engine import pack as pack_module
+from mathverify.engine import replay
+from mathverify.engine.layout import PassLayout, Segment
+from mathverify.engine.model import PackedModel
+from mathverify.engine.pack import Pack
+from mathverify.engine.passes import TokenBudget
+from mathverify.engine.replay import Replays, Work, rounded
+from mathverify.engine.trial import Trial
+
+from .conftest import VERDICTS, Rows
+
+Config = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+def segments(lengths: list[int], start: int = 0) -> list[Segment]:
+    return [
+        Segment(np.arange(start, start + n, dtype=np.int32), i % 2 == 0, 0, 0.1 * (i + 1), start + i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def launched(
+    model: PackedModel, rows: Rows, config: RunConfig, budget: int = 10**6
+) -> tuple[list[float], torch.Tensor]:
+    """Losses of all steps and the final adapter."""
+    trial = Trial.start(config, rows, VERDICTS, model)  # type: ignore[arg-type]
+    pack = Pack(model, TokenBudget(budget))
+    pack.add(trial)
+    losses = [report.loss for _ in range(config.train.steps) for _, report in pack.step()]
+    return losses, trial.adapter.flat.clone()
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Passes are recorded on the CPU too: what was recorded is called again. Returns what happened."""
+    happened: list[str] = []
+
+    def record(work: Work) -> Work:
+        happened.append("recorded")
+
+        def again() -> torch.Tensor:
+            happened.append("replayed")
+            return work()
+
+        return again
+
+    monkeypatch.setattr(PackedModel, "replays", True)
+    monkeypatch.setattr(replay, "Recorder", lambda device: record)
+    return happened
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_rounding_adds_segments_without_weight_behind_the_others(lengths: list[int]) -> None:
+    own = segments(lengths)
+    more = rounded(own)
+    total = sum(len(s) for s in more)
+    assert more[: len(own)] == own
+    assert all(s.weight == 0 and s.slot == 0 and len(s) >= 1 for s in more[len(own) :])
+    assert len(more) > len(own) and len(more) % 4 == 0 and len(more) - len(own) <= 4
+    assert total % 64 == 0 and total - sum(lengths) <= 4 + (64 if total <= 2048 else 128)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_a_layout_becomes_another_of_the_same_size(lengths: list[int], random: Any) -> None:
+    """All that a graph reads: after `become`, every tensor is that of the other pass."""
+    own = rounded(segments(lengths))
+    room = sum(lengths)
+    others = list(lengths)
+    random.shuffle(others)
+    cut = random.randint(0, room - len(lengths))  # some tokens less in total, which the padding makes up for
+    others[0] = max(1, others[0] - cut)
+    other = segments(others, start=7)
+    missing = sum(len(s) for s in own) - sum(others)
+    extra = len(own) - len(other)
+    other += [Segment(np.zeros(1, dtype=np.int32), False, 0, 0.0)] * (extra - 1)
+    other += [Segment(np.zeros(missing - extra + 1, dtype=np.int32), False, 0, 0.0)]
+    names = ["ids", "positions", "starts", "last", "one_each", "token_keys", "weights", "signs", "slots"]
+    here, there = PassLayout(own, steady=True), PassLayout(other, steady=True)
+    for name in names:
+        getattr(here, name)
+    here.tiles(64)
+    here.become(there)
+    for name in names:
+        assert torch.equal(getattr(here, name), getattr(there, name)), name
+    assert torch.equal(here.tiles(64), there.tiles(64))
+    tiles = here.tiles(64)
+    held = tiles[tiles[:, 2] > 0]
+    covered = torch.cat([torch.arange(int(start), min(int(start) + 64, int(end))) for _, start, end in held])
+    assert torch.equal(covered, torch.arange(there.tokens))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("budget", [10**6, 90])
+def test_a_recorded_run_equals_a_launched_one(
+    model: PackedModel, rows: Rows, config: Config, recording: list[str], monkeypatch: pytest.MonkeyPatch,
+    dropout: float, budget: int,
+) -> None:  # fmt: skip
+    """Losses and the final adapter, while some passes are replayed, some recorded and some too large for it."""
+    own = config(max_steps=12, dropout=dropout, max_grad_norm=0.05)
+    losses, adapter = launched(model, rows, own, budget)
+    if budget > 90:
+        assert "replayed" in recording
+    recording.clear()
+    monkeypatch.setattr(PackedModel, "replays", False)
+    plain_losses, plain_adapter = launched(model, rows, own, budget)
+    assert not recording
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert float((adapter - plain_adapter).norm() / plain_adapter.norm()) < 1e-4
+
+
+def test_a_size_is_recorded_when_it_comes_for_the_third_time_and_replayed_from_then_on() -> None:
+    calls: list[str] = []
+
+    def record(work: Work) -> Work:
+        calls.append("record")
+        return lambda: (calls.append("replay"), work())[1]
+
+    def work(layout: PassLayout) -> torch.Tensor:
+        calls.append("work")
+        return layout.weights * layout.signs
+
+    replays = Replays(CPU, record)
+    for round_number in range(5):
+        own = segments([30, 15 + round_number, 10])
+        expected = torch.tensor([s.weight * (1 if s.label else -1) for s in own])
+        assert torch.allclose(replays.losses(own, work), expected)
+    assert calls == ["work", "work", "work", "record", "replay", "work", "replay", "work"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not permitted")])
+def test_recording_that_fails_is_given_up_and_told_once(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    tries: list[int] = []
+
+    def record(work: Work) -> Work:
+        tries.append(1)
+        raise error
+
+    replays = Replays(CPU, record)
+    for _ in range(6):
+        assert torch.equal(replays.losses(segments([5, 6]), lambda layout: layout.weights), torch.tensor([0.1, 0.2]))
+    assert len(tries) == 1
+    out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    assert [r.getMessage() for r in caplog.records] == (
+        [] if out_of_memory else ["passes are launched one by one, which is slower for small ones: not permitted"]
+    )
+
+
+def test_an_out_of_memory_lets_go_of_what_was_recorded_before_passes_get_smaller(
+    model: PackedModel, rows: Rows, config: Config, recording: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = config(max_steps=12)
+    calm_losses, calm = launched(model, rows, own)
+    usual = pack_module.Pack._one_pass
+    raised: list[int] = []
+
+    def short(self: Pack, *arguments: Any) -> None:
+        if "replayed" in recording and not raised:
+            raised.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        usual(self, *arguments)
+
+    recording.clear()
+    monkeypatch.setattr(pack_module.Pack, "_one_pass", short)
+    trial = Trial.start(own, rows, VERDICTS, model)  # type: ignore[arg-type]
+    pack = Pack(model, TokenBudget(10**6))
+    pack.add(trial)
+    losses = [report.loss for _ in range(12) for _, report in pack.step()]
+    assert raised
+    assert pack.budget.tokens == 10**6
+    after = recording[recording.index("replayed") :]
+    assert "recorded" not in after
+    assert losses == pytest.approx(calm_losses, rel=1e-5)
+    assert float((trial.adapter.flat - calm).norm() / calm.norm()) < 1e-4
+
+
+def test_another_trial_finds_nothing_that_was_recorded_with_the_one_before(
+    model: PackedModel, rows: Rows, config: Config, recording: list[str]
+) -> None:
+    """A graph adds to the gradient of the adapter that it was recorded with."""
+    configs = [config(max_steps=12), config(seed=1, max_steps=12, rank=8)]
+    pack = Pack(model, TokenBudget(10**6))
+    finals = []
+    for own in configs:
+        trial = Trial.start(own, rows, VERDICTS, model)  # type: ignore[arg-type]
+        pack.add(trial)
+        for _ in range(12):
+            pack.step()
+        pack.remove(trial)
+        finals.append(trial.adapter.flat.clone())
+    assert recording.count("replayed") > 2
+    for own, found in zip(configs, finals, strict=True):
+        assert torch.equal(launched(model, rows, own)[1], found)
