@@ -14,7 +14,7 @@ passes.py      cutting work into passes of at most N tokens; budget.py how many 
 model.py       the base: packed tokens in, verdict scores or token losses out
 schedule.py    the learning rate of each step
 trial.py       one trial's parameters, optimizer and data order
-pack.py        one step of every trial, in passes
+pack.py        one step of every trial, in passes; replay.py small ones as CUDA graphs
 ranks.py       the processes of one run under torchrun: shares, sums, and the first one's word
 loop.py        steps until every trial has ended: when to evaluate, to checkpoint, to stop
 evaluate.py    scores of adapters over a token store

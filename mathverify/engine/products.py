@@ -206,6 +206,8 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a b, whatever the dtype of the passes: a gradient is float32."""
     if a.dtype is into.dtype:
         into.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(into, a, b, out_dtype=into.dtype, out=into)
     else:
         into.add_(a @ b)
 

@@ -16,6 +16,8 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +28,15 @@ from mathverify.engine.passes import is_out_of_memory
 log = logging.getLogger(__name__)
 Work = Callable[[], Tensor]
 
-MOST_TOKENS = 8192
-"""Of a pass that is recorded: with more, the GPU is slower than the launches."""
+MOST_TOKENS = 4096
+"""Of a pass that is recorded: with more, the GPU is slower than the launches (an 8B model)."""
 
 MOST_GRAPHS = 64
 """Sizes that are kept; each graph takes some megabytes of the host's and of the device's memory."""
 
-BEFORE = 2
-"""Times that a size must have come before it is recorded: recording costs as much as launching."""
+BEFORE = 1
+"""Times that a size must have come before it is recorded: that costs as much as launching, and what came twice comes
+again."""
 
 SEGMENTS = 4
 """Segments are rounded up to a multiple of this."""
@@ -104,25 +107,29 @@ class Replays:
         return had
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded; one for the process, since cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
 class Recorder:
     """Records CUDA graphs. They share their memory, since one is through before the next begins, and what one returns
     is to be used before the next one starts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, work: Work) -> Work:
-        if self._stream is None:  # one for all: cuBLAS keeps a workspace for each stream it has seen
-            self._stream = torch.cuda.Stream(self._device)
-            self._pool = torch.cuda.graph_pool_handle()
+        stream = _stream(self._device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         collecting = gc.isenabled()
         gc.disable()  # what a collection frees might not be freed while a graph is recorded
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 # Other threads (NCCL's, W&B's) may go on meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -132,7 +139,7 @@ class Recorder:
         finally:
             if collecting:
                 gc.enable()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
 
         def replay() -> Tensor:
             graph.replay()

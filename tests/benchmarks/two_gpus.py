@@ -30,7 +30,9 @@ from mathverify.engine.ranks import Joined, Ranks, place
 from mathverify.engine.trial import Trial
 from tests.benchmarks.gpu import VERDICTS, Row, Workload, base, clean, config, device, synchronize
 
-WARM = 3
+WARM, RECORDED = 3, 40
+"""Untimed steps; as many as RECORDED until most sizes of small passes have been recorded (engine/replay.py)."""
+
 SIXTEEN, SIXTY_FOUR = "one run, 16 examples a step", "one run, 64 examples a step"
 PACKS = "two packs of 8 trials of batch 4"
 
@@ -68,10 +70,12 @@ def timed(work: Callable[[], Any], ranks: Ranks) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def one_run(model: PackedModel, own: RunConfig, rows: Workload, steps: int, ranks: Ranks) -> dict[str, Any]:
+def one_run(
+    model: PackedModel, own: RunConfig, rows: Workload, steps: int, ranks: Ranks, warm: int = WARM
+) -> dict[str, Any]:
     """A run that all processes share."""
     pack = new_pack(model, [own], rows, ranks)
-    _, first = take(pack, WARM)
+    _, first = take(pack, warm)
     seconds, (tokens, losses) = timed(lambda: take(pack, steps), ranks)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return {
@@ -106,7 +110,7 @@ def work(options: argparse.Namespace) -> None:
     rows = Workload(400 if options.tiny else 2000, 512 if options.tiny else 128256)
     model = base(options.tiny, QuantizationKind.nf4)
     found = {
-        SIXTEEN: one_run(model, config(4, 4), rows, options.steps, ranks),
+        SIXTEEN: one_run(model, config(4, 4), rows, options.steps, ranks, RECORDED),
         SIXTY_FOUR: one_run(model, config(16, 4), rows, options.steps, ranks),
         PACKS: two_packs(model, rows, options.steps, ranks),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,12 @@ def test_a_recorded_run_has_the_bits_of_a_launched_one(
     settings = config(max_steps=30, dropout=dropout, max_grad_norm=0.5, rank=8)
     replayed: list[int] = []
     usual = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replayed.append(1), usual(self))[1])
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(1)
+        usual(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
 
     def run() -> tuple[torch.Tensor, np.ndarray]:
         pack = Pack(model, TokenBudget(10**6))
@@ -259,11 +265,14 @@ def test_a_real_out_of_memory_halves_the_budget_and_changes_nothing_else(config:
     model = on_gpu(torch.float32)
     rows = random_rows(64, low=100, high=120)
     settings = config(batch_size=16, grad_accumulation=4, max_steps=2)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     (calm,) = train(model, rows, [settings])
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() - before
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(peak * 0.6 / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + peak * 0.6) / total)
     try:
         pack = Pack(model, TokenBudget(10**6))
         pressed = Trial.start(settings, rows, VERDICTS, model)  # type: ignore[arg-type]
