@@ -1,6 +1,6 @@
 """What a second GPU of the same host brings: one run shared by both, and two packs side by side.
 
-python -m tests.benchmarks.two_gpus --out OUT [--tiny]
+python -m tests.benchmarks.two_gpus --out OUT [--only PART ...] [--tiny]
 
 One command writes OUT/two_gpus.json and prints both ratios: the same work is timed by one process on one GPU, then by
 two processes that torchrun starts. Base, lengths and configs are those of gpu.py: Llama-3.1-8B's shape with random
@@ -35,6 +35,7 @@ WARM, RECORDED = 3, 40
 
 SIXTEEN, SIXTY_FOUR = "one run, 16 examples a step", "one run, 64 examples a step"
 PACKS = "two packs of 8 trials of batch 4"
+PARTS = {"sixteen": SIXTEEN, "sixty-four": SIXTY_FOUR, "packs": PACKS}
 
 
 def new_pack(model: PackedModel, configs: list[RunConfig], rows: Workload, ranks: Ranks) -> Pack:
@@ -109,11 +110,12 @@ def work(options: argparse.Namespace) -> None:
         ranks.use(device())
     rows = Workload(400 if options.tiny else 2000, 512 if options.tiny else 128256)
     model = base(options.tiny, QuantizationKind.nf4)
-    found = {
-        SIXTEEN: one_run(model, config(4, 4), rows, options.steps, ranks, RECORDED),
-        SIXTY_FOUR: one_run(model, config(16, 4), rows, options.steps, ranks),
-        PACKS: two_packs(model, rows, options.steps, ranks),
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        SIXTEEN: lambda: one_run(model, config(4, 4), rows, options.steps, ranks, RECORDED),
+        SIXTY_FOUR: lambda: one_run(model, config(16, 4), rows, options.steps, ranks),
+        PACKS: lambda: two_packs(model, rows, options.steps, ranks),
     }
+    found = {name: measures[name]() for part, name in PARTS.items() if part in options.only}
     if ranks.rank == 0:
         (options.out / f"processes_{here.size}.json").write_text(json.dumps(found))
     if isinstance(ranks, Joined):
@@ -136,6 +138,7 @@ def started(options: argparse.Namespace, processes: int) -> dict[str, Any]:
             "-m",
         ]
     own = ["tests.benchmarks.two_gpus", "--work", "--out", str(options.out), "--steps", str(options.steps)]
+    own += ["--only", *options.only]
     start = time.perf_counter()
     subprocess.run([*launch, *own, *(["--tiny"] if options.tiny else [])], check=True, timeout=options.timeout)
     print(f"{processes} process(es): {time.perf_counter() - start:.0f} s with the start", flush=True)
@@ -152,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="a small model, on CPUs if there are no GPUs")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each measurement")
     parser.add_argument("--timeout", type=float, default=280.0, help="seconds for each of the two starts")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
@@ -164,7 +168,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     one, two = started(options, 1), started(options, 2)
     ratios = {name: two[name]["tokens_per_s"] / one[name]["tokens_per_s"] for name in one}
-    losses = {name: apart(one[name]["losses"], two[name]["losses"]) for name in (SIXTEEN, SIXTY_FOUR)}
+    losses = {name: apart(found["losses"], two[name]["losses"]) for name, found in one.items() if "losses" in found}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report = {
         "date": datetime.now(UTC).date().isoformat(),
