@@ -2,9 +2,9 @@
 
 python -m tests.benchmarks.two_gpus --out OUT [--only PART ...] [--tiny]
 
-One command writes OUT/two_gpus.json and prints both ratios: the same work is timed by one process on one GPU, then by
-two processes that torchrun starts. Base, lengths and configs are those of gpu.py: Llama-3.1-8B's shape with random
-weights in NF4. --tiny: a small model, which runs without GPUs too (gloo), to try the command.
+One command writes OUT/two_gpus.json and prints the ratios: of two processes that torchrun starts the first does the work
+alone while the second waits, then both do the same work. Base, lengths and configs are those of gpu.py: Llama-3.1-8B's
+shape with random weights in NF4. --tiny: a small model, which runs without GPUs too (gloo), to try the command.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from mathverify.engine.ranks import Joined, Ranks, place
 from mathverify.engine.trial import Trial
 from tests.benchmarks.gpu import VERDICTS, Row, Workload, base, clean, config, device, synchronize
 
-WARM, RECORDED = 3, 40
+WARM, RECORDED = 3, 150
 """Untimed steps; as many as RECORDED until most sizes of small passes have been recorded (engine/replay.py)."""
 
 SIXTEEN, SIXTY_FOUR = "one run, 16 examples a step", "one run, 64 examples a step"
 PACKS = "two packs of 8 trials of batch 4"
+RAW = "two_gpus_raw.json"
 PARTS = {"sixteen": SIXTEEN, "sixty-four": SIXTY_FOUR, "packs": PACKS}
 
 
@@ -102,47 +103,43 @@ def two_packs(model: PackedModel, rows: Workload, steps: int, ranks: Ranks) -> R
 
 
 def work(options: argparse.Namespace) -> None:
-    """All measurements, as one of the processes."""
-    here = place()
-    ranks: Ranks = Ranks()
-    if here.size > 1:
-        ranks = Joined(here)
-        ranks.use(device())
+    """All measurements, as one of the two processes."""
+    ranks = Joined(place())
+    ranks.use(device())
     rows = Workload(400 if options.tiny else 2000, 512 if options.tiny else 128256)
     model = base(options.tiny, QuantizationKind.nf4)
-    measures: dict[str, Callable[[], dict[str, Any]]] = {
-        SIXTEEN: lambda: one_run(model, config(4, 4), rows, options.steps, ranks, RECORDED),
-        SIXTY_FOUR: lambda: one_run(model, config(16, 4), rows, options.steps, ranks),
-        PACKS: lambda: two_packs(model, rows, options.steps, ranks),
+    measures: dict[str, Callable[[Ranks], dict[str, Any]]] = {
+        SIXTEEN: lambda who: one_run(model, config(4, 4), rows, options.steps, who, options.recorded),
+        SIXTY_FOUR: lambda who: one_run(model, config(16, 4), rows, options.steps, who),
+        PACKS: lambda who: two_packs(model, rows, options.steps, who),
     }
-    found = {name: measures[name]() for part, name in PARTS.items() if part in options.only}
-    if ranks.rank == 0:
-        (options.out / f"processes_{here.size}.json").write_text(json.dumps(found))
-    if isinstance(ranks, Joined):
-        if ranks.rank > 0:
-            ranks.hear()  # that it is over
-        ranks.leave()
+    found: dict[str, dict[str, Any]] = {"one": {}, "two": {}}
+    for name in (PARTS[part] for part in options.only):
+        if ranks.rank == 0:
+            found["one"][name] = measures[name](Ranks())
+        clean()
+        ranks.together(lambda: None)
+        found["two"][name] = measures[name](ranks)
+        if ranks.rank == 0:
+            print(
+                f"{name}: {found['one'][name]['tokens_per_s']:,.0f}, {found['two'][name]['tokens_per_s']:,.0f}",
+                flush=True,
+            )
+            (options.out / RAW).write_text(json.dumps(found))
+    if ranks.rank > 0:
+        ranks.hear()  # that it is over
+    ranks.leave()
 
 
-def started(options: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """The measurements of so many processes, one a GPU."""
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += [
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr",
-            "127.0.0.1",
-            "--nproc-per-node",
-            str(processes),
-            "-m",
-        ]
+def started(options: argparse.Namespace) -> dict[str, Any]:
+    """The measurements of both processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m"]
     own = ["tests.benchmarks.two_gpus", "--work", "--out", str(options.out), "--steps", str(options.steps)]
-    own += ["--only", *options.only]
-    start = time.perf_counter()
-    subprocess.run([*launch, *own, *(["--tiny"] if options.tiny else [])], check=True, timeout=options.timeout)
-    print(f"{processes} process(es): {time.perf_counter() - start:.0f} s with the start", flush=True)
-    found: dict[str, Any] = json.loads((options.out / f"processes_{processes}.json").read_text())
+    own += ["--recorded", str(options.recorded), *(["--tiny"] if options.tiny else []), "--only", *options.only]
+    subprocess.run([sys.executable, *launch, *own], check=True, timeout=options.timeout)
+    raw = options.out / RAW
+    found: dict[str, Any] = json.loads(raw.read_text())
+    raw.unlink()
     return found
 
 
@@ -157,7 +154,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, on CPUs if there are no GPUs")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each measurement")
-    parser.add_argument("--timeout", type=float, default=280.0, help="seconds for each of the two starts")
+    parser.add_argument("--recorded", type=int, default=RECORDED, help="untimed steps before small passes are timed")
+    parser.add_argument("--timeout", type=float, default=580.0, help="seconds for everything")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -166,9 +164,10 @@ def main() -> None:
     if torch.cuda.device_count() < 2 and not (options.tiny and torch.cuda.device_count() == 0):
         sys.exit(f"error: this host has {torch.cuda.device_count()} GPUs, two are needed (none: --tiny)")
     options.out.mkdir(parents=True, exist_ok=True)
-    one, two = started(options, 1), started(options, 2)
+    found = started(options)
+    one, two = found["one"], found["two"]
     ratios = {name: two[name]["tokens_per_s"] / one[name]["tokens_per_s"] for name in one}
-    losses = {name: apart(found["losses"], two[name]["losses"]) for name, found in one.items() if "losses" in found}
+    losses = {name: apart(alone["losses"], two[name]["losses"]) for name, alone in one.items() if "losses" in alone}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report = {
         "date": datetime.now(UTC).date().isoformat(),
