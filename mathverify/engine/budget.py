@@ -37,7 +37,8 @@ class BudgetPlan:
 
 
 def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) -> BudgetPlan:
-    """Choose the token budget of runs that train together; each is taken to need what the largest of them does.
+    """Choose the token budget of runs that train together; each is taken to need what the largest of them does, and
+    copies padded to what all of them have.
 
     Args:
         configs: of all of them, with the same `train.memory` and `train.token_budget`. longest: tokens of the longest
@@ -59,8 +60,9 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    fixed = trials * max(adapter_bytes(model, config) for config in configs) + scratch_bytes(model)
-    per_token = max(activation_bytes(model, config) for config in configs)
+    trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
+    fixed = trials * (trained + copy_bytes(model, configs)) + scratch_bytes(model)
+    per_token = activation_bytes(model, configs)
     dense, kept = model.dense_bytes(), ""
     if dense and not lean and free * RESERVE - fixed - dense > step * per_token:
         model.keep_dense()
@@ -85,8 +87,18 @@ def adapter_bytes(model: PackedModel, config: RunConfig) -> int:
     shapes = model.host.shapes
     parameters = sum(config.lora.rank * sum(shapes[name]) for name in targets(shapes, config.lora))
     state = 8 if config.optimizer.kind is OptimizerKind.adamw else 2
-    copy = model.base.dtype.itemsize if model.base.dtype is not torch.float32 else 0
-    return parameters * (8 + state + copy)
+    return parameters * (8 + state) + copy_bytes(model, [config])
+
+
+def copy_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:
+    """Bytes of each trial's copy in the passes' own dtype: padded to the largest rank, on all that any of them targets
+    (see grouped.py)."""
+    if model.base.dtype is torch.float32:
+        return 0
+    shapes = model.host.shapes
+    names = {name for config in configs for name in targets(shapes, config.lora)}
+    rank = max(config.lora.rank for config in configs)
+    return rank * sum(sum(shapes[name]) for name in names) * model.base.dtype.itemsize
 
 
 def scratch_bytes(model: PackedModel) -> int:
@@ -96,7 +108,7 @@ def scratch_bytes(model: PackedModel) -> int:
     return max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups) * model.base.dtype.itemsize
 
 
-def activation_bytes(model: PackedModel, config: RunConfig) -> int:
+def activation_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     """Bytes that one token of a training pass needs at the peak, for Llama-like decoders.
 
     What decoder.py keeps per layer: the residual stream twice, rotated query/key/value and attention's output with
@@ -109,12 +121,14 @@ def activation_bytes(model: PackedModel, config: RunConfig) -> int:
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads, kv = shape.num_attention_heads, getattr(shape, "num_key_value_heads", shape.num_attention_heads)
     head = getattr(shape, "head_dim", None) or hidden // heads
-    ranks = config.lora.rank * len(config.lora.target_modules)
+    modules = {module for config in configs for module in config.lora.target_modules}
+    ranks = max(config.lora.rank for config in configs) * len(modules)  # padded, as in copy_bytes
     one_layer = width * (2 * hidden + (2 * heads + 2 * kv) * head + 2 * inner + ranks) + 4 * (heads + 2)
     if model.fast is None:  # transformers' modules under autograd keep normalised rows and the MLP's products as well
         one_layer += width * (2 * inner + 4 * hidden) + 8 * hidden
     working = width * (inner + 4 * hidden) + 8 * head + 64
-    if config.train.memory is MemoryMode.lean:
+    if configs[0].train.memory is MemoryMode.lean:
         return int(layers * hidden * width + one_layer + working)
-    whole_layers = layers - 1 if model.fast is not None and config.train.loss is LossKind.label else layers
+    only_verdicts = all(config.train.loss is LossKind.label for config in configs)
+    whole_layers = layers - 1 if model.fast is not None and only_verdicts else layers
     return int(whole_layers * one_layer + working)

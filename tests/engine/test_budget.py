@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mathverify.base import load_base
+from mathverify.base import Base, load_base
 from mathverify.config import MemoryMode, QuantizationConfig, QuantizationKind, RunConfig
-from mathverify.engine.budget import BudgetPlan, plan_budget
+from mathverify.engine.budget import BudgetPlan, copy_bytes, plan_budget
 from mathverify.engine.model import PackedModel
 
-from .conftest import make_config
+from .conftest import llama, make_config
 
 GIB = 2**30
 Plan = Callable[..., BudgetPlan]
@@ -93,3 +93,13 @@ def test_lean_keeps_little_for_a_token_and_nothing_dense(plan: Plan) -> None:
     one, other = plan(step(memory=MemoryMode.lean), free=8 * GIB), plan(step(), free=8 * GIB)
     assert one.token_bytes < other.token_bytes
     assert "kept" not in one.text
+
+
+def test_a_mixed_pack_is_planned_with_its_padding(plan: Plan) -> None:
+    """Kernels for many adapters want one shape: the largest rank, on everything that any of them targets."""
+    high, wide = step(rank=16, target_modules=["q_proj"]), step(rank=4, target_modules=["k_proj", "v_proj"])
+    mixed, alike = plan([high, wide], free=8 * GIB), [plan([one] * 2, free=8 * GIB) for one in (high, wide)]
+    assert mixed.token_bytes > max(one.token_bytes for one in alike)
+    half = PackedModel(Base(llama(torch.bfloat16), torch.device("cpu"), torch.bfloat16, "random"))
+    both = step(rank=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    assert copy_bytes(half, [high, wide]) == copy_bytes(half, [both]) > copy_bytes(half, [high])
