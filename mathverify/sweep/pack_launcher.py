@@ -18,14 +18,13 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from mathverify.entry import TRIAL_VARIABLE
 from mathverify.errors import Interrupted, UserError
 from mathverify.printable import as_override
 from mathverify.sweep.attempt import INTERRUPTED, TrialTask
 from mathverify.sweep.grouping import by_base, difference, in_common
 from mathverify.sweep.lease import leased_device
 from mathverify.sweep.report import say
-from mathverify.sweep.ticket import Ticket
+from mathverify.sweep.ticket import Ticket, require_shared_process
 
 if TYPE_CHECKING:
     from mathverify.pack_screen import PackScreen
@@ -38,16 +37,7 @@ def require_possible(max_trials: int | None, task: TaskFunction, config: DictCon
         raise UserError(f"hydra.launcher.max_trials = {max_trials} is not possible: use a whole number >= 1, or null")
     if not is_ours(task):
         raise UserError("hydra/launcher=pack trains runs of mathverify.train only: use hydra/launcher=basic")
-    if config.hydra.job.chdir:
-        raise UserError(
-            "hydra.job.chdir=true: runs of a pack share one process and its working folder: "
-            "use hydra.job.chdir=false, or hydra/launcher=basic"
-        )
-    if own := [str(name) for name in config.hydra.job.env_set if name != TRIAL_VARIABLE]:
-        raise UserError(
-            f"hydra.job.env_set sets {', '.join(own)}: runs of a pack share one process and its environment: "
-            "set it in the shell instead, or use hydra/launcher=basic"
-        )
+    require_shared_process(config)
 
 
 def is_ours(task: Any) -> bool:

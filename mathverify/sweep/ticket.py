@@ -26,6 +26,20 @@ from mathverify.sweep.grouping import base_key
 from mathverify.sweep.outcome import End
 
 
+def require_shared_process(config: DictConfig) -> None:
+    """Raise UserError for what Hydra does to a job's process, which runs of a pack have in common."""
+    if config.hydra.job.chdir:
+        raise UserError(
+            "hydra.job.chdir=true: runs of a pack share one process and its working folder: "
+            "use hydra.job.chdir=false, or hydra/launcher=basic"
+        )
+    if own := [str(name) for name in config.hydra.job.env_set if name != entry.TRIAL_VARIABLE]:
+        raise UserError(
+            f"hydra.job.env_set sets {', '.join(own)}: runs of a pack share one process and its environment: "
+            "set it in the shell instead, or use hydra/launcher=basic"
+        )
+
+
 @dataclass(eq=False)
 class Ticket:
     """A job: its number, its config as composed, and whom to tell when it has come back.
@@ -60,6 +74,7 @@ class Ticket:
         composed = context.config_loader.load_sweep_config(master, list(overrides))
         with open_dict(composed):
             composed.hydra.job.id = composed.hydra.job.num = number
+        require_shared_process(composed)  # a swept preset may bring settings of Hydra's own
         return cls(number, composed, context, settle, entry.to_run_config(composed))
 
     @property

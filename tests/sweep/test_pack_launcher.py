@@ -573,6 +573,17 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(
         assert not (tmp_path / "grid").exists()
 
 
+@pytest.mark.parametrize("job", ["chdir: true", "env_set: {TOKENS: '3'}"])
+def test_a_swept_preset_cannot_change_the_process_of_the_others_either(cli: Cli, job: str, tmp_path: Path) -> None:
+    presets = tmp_path / "own" / "experiment"
+    presets.mkdir(parents=True)
+    (presets / "plain.yaml").write_text("# @package _global_\nseed: 1\n")
+    (presets / "special.yaml").write_text(f"# @package _global_\nhydra: {{job: {{{job}}}}}\n")
+    out = cli("--config-dir", str(tmp_path / "own"), *PACK, "experiment=plain,special", code=2)
+    assert "runs of a pack share one process" in out
+    assert not (tmp_path / "grid" / "0").exists()
+
+
 def test_a_run_that_cannot_be_is_refused_by_itself_and_its_folder_taken_back(cli: Cli, tmp_path: Path) -> None:
     out = cli(*PACK, "lora.target_modules=[q_proj],[nothing]", code=2)
     assert "the base has no linear 'nothing'" in out
