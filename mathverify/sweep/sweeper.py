@@ -76,6 +76,7 @@ def sweep(
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
     _require_custom(settings)
+    _require_folders(config)
     validated = 0 if is_worker() else composer.preflight()
     launcher = _launcher(context, task, config)  # before anything is made: it refuses settings of its own
     session = open_session(settings, space, directions(settings, config), composer.base(), folder)
@@ -105,6 +106,7 @@ def _dry_run(settings: Settings, context: HydraContext, config: DictConfig, argu
     composer = Composer(context.config_loader, config, space)
     _require_budget(settings, space)
     _require_custom(settings)
+    _require_folders(config)
     validated = composer.preflight()
     folder = study_folder(settings, config)
     session = look_at_session(settings, space, directions(settings, config), composer.base(), folder)
@@ -128,6 +130,19 @@ def _require_custom(settings: Settings) -> None:
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"hydra.sweeper.custom_search_space = {custom}: no such function: {reason}") from None
+
+
+def _require_folders(config: DictConfig) -> None:
+    subdir = _raw_subdir(config)
+    if OmegaConf.get_type(config) is RunConfig and "${" not in subdir:
+        raise UserError(
+            f"hydra.sweep.subdir = {subdir} is the same for every trial: each needs a folder of its own, "
+            "use '${hydra.job.num}' or leave it out"
+        )
+
+
+def _raw_subdir(config: DictConfig) -> str:
+    return str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"])  # type: ignore[index,call-overload]
 
 
 # Running
@@ -306,8 +321,7 @@ def directions(settings: Settings, config: DictConfig) -> tuple[str, ...]:
 def _job_extras(session: Session, config: DictConfig, number: int) -> list[str]:
     """What a trial's job is told besides its point: where to work, and to which study it belongs."""
     extras = [f"hydra.sweep.dir={quoted(str(session.folder))}"]
-    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    if subdir == "${hydra.job.num}":
+    if _raw_subdir(config) == "${hydra.job.num}":
         extras.append(f"hydra.sweep.subdir={quoted(str(number))}")  # a batch's own numbering may have gaps
     if session.settings.study_name is None:
         extras.append(f"hydra.sweeper.study_name={quoted(session.name)}")

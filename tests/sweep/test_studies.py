@@ -96,6 +96,14 @@ def test_every_point_of_a_continuous_space_is_refused(sweep_here: Sweep) -> None
     assert "n_trials = null means every point" in done.out
 
 
+@pytest.mark.parametrize("flag", ["dry_run=true", "dry_run=false"])
+def test_a_folder_for_all_trials_is_refused_before_anything_is_made(flag: str, sweep_here: Sweep) -> None:
+    done = sweep_here("sweep=rank_grid", "hydra.sweep.subdir=same", f"hydra.sweeper.{flag}")
+    assert done.code == 2
+    assert "hydra.sweep.subdir = same is the same for every trial: each needs a folder of its own" in done.out
+    assert not list(done.folder.iterdir())
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"], ["sweep=rank_alpha_batch", "--cfg", "job"]])
 def test_help_and_cfg_import_neither_optuna_nor_torch(flags: list[str], tmp_path: Path) -> None:
     code = f"""
