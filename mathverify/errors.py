@@ -1,5 +1,9 @@
 """The exceptions a user is meant to see: their text is a single line that says what, where and the remedy."""
 
+from __future__ import annotations
+
+from traceback import clear_frames
+
 
 class UserError(ValueError):
     """Bad input: config, data, model or study. Commands print its text and exit with code 2, no traceback.
@@ -26,10 +30,23 @@ class Interrupted(Exception):
 
 def without_frames(error: BaseException) -> None:
     """Drop the tracebacks of an error and of what led to it: their frames keep runs and models in memory."""
+    for link in _chain(error):
+        link.__traceback__ = None
+
+
+def empty_frames(error: BaseException) -> None:
+    """Let go of what the frames of an error's traceback hold, which may be a run and its model; its lines stay."""
+    for link in _chain(error):
+        clear_frames(link.__traceback__)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what led to it."""
     seen: list[BaseException] = []
     links: list[BaseException | None] = [error]
     while links:
         link = links.pop()
         if link is not None and link not in seen:
-            seen.append(link.with_traceback(None))
+            seen.append(link)
             links += [link.__cause__, link.__context__]
+    return seen

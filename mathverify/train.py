@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from mathverify import entry
 from mathverify.engine.ranks import leading, place
-from mathverify.errors import Interrupted, RunFailed
+from mathverify.errors import Interrupted, RunFailed, empty_frames
 from mathverify.judge import current_judge
 
 if TYPE_CHECKING:
@@ -30,8 +30,12 @@ INTERRUPTED = 130
 def task(composed: DictConfig) -> float | None:
     """What Hydra calls for each job. Returns the validation accuracy, which sweepers maximise."""
     folder = entry.run_folder()
-    with entry.refusing(folder):
-        return train_one(entry.to_run_config(composed), folder, trial=entry.trial_number())
+    try:
+        with entry.refusing(folder):
+            return train_one(entry.to_run_config(composed), folder, trial=entry.trial_number())
+    except Exception as error:
+        empty_frames(error)  # Hydra keeps it until the grid's last job has ended
+        raise
 
 
 def train_one(

@@ -27,7 +27,7 @@ from mathverify import entry
 from mathverify.config import RunConfig
 from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
-from mathverify.errors import CannotWrite, Interrupted, UserError
+from mathverify.errors import CannotWrite, Interrupted, RunFailed, UserError
 from mathverify.records import RunRecord, Status, read_predictions, read_record
 from mathverify.screen import SCREEN
 from mathverify.sweep.grouping import by_base, difference
@@ -552,6 +552,27 @@ def test_what_breaks_every_pack_fails_each_run_with_its_reason(
     for number in "012":
         record = read_record(tmp_path / "grid" / number)
         assert (record.status, record.reason) == (Status.failed, "out of memory with 64 tokens a pass")
+
+
+def test_one_after_another_a_failed_run_leaves_the_memory_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra's basic launcher keeps the error of a failed job until the last one has ended."""
+    held: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def failing(config: RunConfig, folder: Path, **rest: Any) -> float:
+        gc.collect()
+        alive.append(sum(one() is not None for one in held))
+        model = np.zeros(1)
+        held.append(weakref.ref(model))
+        try:
+            raise ValueError("inside")
+        except ValueError as error:
+            raise RunFailed("loss is nan at step 3") from error
+
+    monkeypatch.setattr("mathverify.train.train_one", failing)
+    out = cli("-m", "hydra/launcher=basic", "hydra.sweep.dir=grid", "seed=1,2,3", code=1)
+    assert alive == [0, 0, 0]
+    assert out.count("loss is nan at step 3") == 3
 
 
 @pytest.mark.parametrize(
