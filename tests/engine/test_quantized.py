@@ -86,6 +86,33 @@ def test_training_lowers_the_loss_and_leaves_the_codes_unchanged(
     )
 
 
+@pytest.mark.parametrize(("kind", "tolerance"), [*((kind, 1e-5) for kind in QUANTIZED), (QuantizationKind.fp8, 4e-3)])
+def test_a_trial_in_a_pack_equals_the_same_alone(
+    kind: QuantizationKind, tolerance: float, checkpoint: Path, rows: Rows, config: Config, fresh_bases: None
+) -> None:
+    """Losses, relative, over 20 steps. FP8 rounds inputs: a sum's last bit can move a number by a whole step of it."""
+    configs = [
+        config(seed=1, rank=4, dropout=0.1, max_steps=20, learning_rate=1e-3),
+        config(seed=2, rank=16, batch_size=1, max_steps=20, learning_rate=1e-3),
+        config(seed=3, rank=8, target_modules=["q_proj"], max_steps=10, learning_rate=1e-3),
+    ]
+    model = quantized_model(kind, checkpoint, configs[0])
+
+    def losses(own: list[RunConfig]) -> list[list[float]]:
+        pack = Pack(model, TokenBudget(10**6))
+        trials = [Trial.start(one, rows, VERDICTS, model) for one in own]  # type: ignore[arg-type]
+        for trial in trials:
+            pack.add(trial)
+        found: dict[Trial, list[float]] = {trial: [] for trial in trials}
+        while pack.running:
+            for trial, report in pack.step():
+                found[trial].append(report.loss)
+        return list(found.values())
+
+    for one, together in zip(configs, losses(configs), strict=True):
+        assert together == pytest.approx(losses([one])[0], rel=tolerance)
+
+
 def test_a_base_is_loaded_once(checkpoint: Path, config: Config, fresh_bases: None) -> None:
     settings = config()
     settings.model = ModelConfig(name="hf", path=str(checkpoint))
