@@ -211,6 +211,14 @@ class PassLayout:
         mixed = np.repeat(keys, self.lengths) * np.uint64(0x9E3779B1) + self._positions.astype(np.uint64)
         return self._tensor((mixed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), torch.int32)
 
+    def make_as(self, other: PassLayout) -> None:
+        """Make the tensors that `other` has made, all of which are made when they are asked for the first time."""
+        if other._tiles is not None:
+            self.tiles(other._tile_size)
+        for name, theirs in list(vars(other).items()):
+            if name != "_tiles" and isinstance(theirs, torch.Tensor):
+                getattr(self, name)
+
     def become(self, other: PassLayout) -> None:
         """Take over another steady pass of as many tokens and segments, all of one slot: the tensors that are there
         are overwritten in place, for CUDA graphs that read them. Only tensors follow, not `segments` and the like."""

@@ -91,7 +91,7 @@ class Pack:
             return self._try_passes(trials, segments)
         except RuntimeError as error:
             # What was recorded holds memory that passes can do without.
-            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.give_up():
+            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.give_up("out of memory"):
                 raise
         return self._try_passes(trials, segments)
 

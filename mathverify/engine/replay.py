@@ -6,6 +6,10 @@ another number of tokens; so passes are rounded up with segments that weigh noth
 another cutting into passes does. A pass that is not recorded (yet) is rounded up all the same: when a size is recorded
 makes no difference to a bit of the result.
 
+Graphs share memory, which is laid out for the first of them. One of a larger pass finds no place in it and takes more,
+so that a few dozen sizes in the order of their coming would hold several times what one pass needs. Therefore a pass
+with room to spare is recorded first, and what still is larger begins anew.
+
 What records is an argument: on a CPU, tests let it call the work again, which shows that what a graph reads is
 overwritten as it should be.
 """
@@ -16,6 +20,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +32,9 @@ from mathverify.engine.passes import is_out_of_memory
 
 log = logging.getLogger(__name__)
 Work = Callable[[], Tensor]
+PassWork = Callable[[PassLayout], Tensor]
+Record = Callable[[Work], Work]
+"""Takes work on tensors that stay where they are, and returns what does it again."""
 
 MOST_TOKENS = 4096
 """Of a pass that is recorded: with more, the GPU is slower than the launches (an 8B model)."""
@@ -37,6 +45,9 @@ MOST_GRAPHS = 64
 BEFORE = 1
 """Times that a size must have come before it is recorded: that costs as much as launching, and what came twice comes
 again."""
+
+ROOM = 0.25
+"""Share of tokens that the first pass to be recorded has in addition to those of a real one."""
 
 SEGMENTS = 4
 """Segments are rounded up to a multiple of this."""
@@ -59,18 +70,19 @@ def rounded(segments: Sequence[Segment]) -> list[Segment]:
 class Replays:
     """The recorded passes of one adapter, by size.
 
-    record: takes work on tensors that stay where they are, and returns what does it again. On an out-of-memory or when
-    recording fails nothing is recorded from then on: passes are launched one by one.
+    recorder: makes what records; all that one of them made shares memory. When memory or recording fails nothing is
+    recorded from then on: passes are launched one by one.
     """
 
-    def __init__(self, device: torch.device, record: Callable[[Work], Work] | None = None) -> None:
+    def __init__(self, device: torch.device, recorder: Callable[[torch.device], Record] | None = None) -> None:
         self._device = device
-        self._record = record or Recorder(device)
+        self._recorder = recorder or Recorder
         self._seen: Counter[tuple[int, int]] = Counter()
         self._recorded: dict[tuple[int, int], tuple[PassLayout, Work]] = {}
+        self._widest: _Widest | None = None
         self._given_up = False
 
-    def losses(self, segments: Sequence[Segment], work: Callable[[PassLayout], Tensor]) -> Tensor:
+    def losses(self, segments: Sequence[Segment], work: PassWork) -> Tensor:
         """What `work` returns for these segments, [segments].
 
         Args:
@@ -91,20 +103,47 @@ class Replays:
             self._keep(size, layout, work)
         return found
 
-    def _keep(self, size: tuple[int, int], layout: PassLayout, work: Callable[[PassLayout], Tensor]) -> None:
+    def _keep(self, size: tuple[int, int], layout: PassLayout, work: PassWork) -> None:
         try:
-            self._recorded[size] = layout, self._record(lambda: work(layout))
+            if self._widest is None or size[0] > self._widest.tokens:
+                self._recorded.clear()
+                self._widest = None
+                self._widest = _Widest.of(layout, work, self._recorder(self._device))
+            self._recorded[size] = layout, self._widest.record(lambda: work(layout))
+            return
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                log.warning("passes are launched one by one, which is slower for small ones: %s", error)
-            self.give_up()
+            reason = "out of memory" if is_out_of_memory(error) else str(error.__context__ or error)
+        # Behind the handler, since the error's traceback holds on to tensors.
+        self.give_up(reason)
 
-    def give_up(self) -> bool:
+    def give_up(self, reason: str) -> bool:
         """Let go of what was recorded, and record no more; whether there was anything."""
-        had = bool(self._recorded)
+        had = self._widest is not None
         self._recorded.clear()
+        self._widest = None
+        if not self._given_up:
+            log.warning("small passes are launched one by one from now on, which is slower: %s", reason)
         self._given_up = True
         return had
+
+
+@dataclass(frozen=True)
+class _Widest:
+    """The first that a recorder recorded, which the memory of the others is laid out for. Kept, never done again."""
+
+    tokens: int
+    record: Record
+    again: Work
+
+    @classmethod
+    def of(cls, layout: PassLayout, work: PassWork, record: Record) -> _Widest:
+        """layout: of a pass that was done; the widest has the same segments, the last of them longer."""
+        room = -(-layout.tokens * (1 + ROOM) // 128) * 128
+        *own, last = layout.segments
+        longer = replace(last, ids=last.ids[:1].repeat(int(room) - layout.tokens + len(last)))
+        widest = PassLayout([*own, longer], layout.device, steady=True)
+        widest.make_as(layout)
+        return cls(widest.tokens, record, record(lambda: work(widest)))
 
 
 @cache
@@ -114,8 +153,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Recorder:
-    """Records CUDA graphs. They share their memory, since one is through before the next begins, and what one returns
-    is to be used before the next one starts."""
+    """Records CUDA graphs that share memory: one is through before the next begins, and what one returns is to be used
+    before the next one starts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
