@@ -77,6 +77,15 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) 
     return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
 
 
+def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int) -> bool:
+    """Whether another `tokens` fit on the device beside passes of `passes` tokens; on a CPU they always do."""
+    if model.device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return free * RESERVE >= (passes + tokens) * activation_bytes(model, [config])
+
+
 def _as_asked(tokens: int, longest: int) -> str:
     larger = f"; a longer row, up to {longest:,}, is a pass of its own" if tokens < longest else ""
     return f"{tokens:,} tokens a pass, as asked{larger}"

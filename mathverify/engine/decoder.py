@@ -291,6 +291,11 @@ class Decoder:
     def groups(self) -> list[Group]:
         return [group for layer in self.layers for group in layer.groups]
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether a pass launches the same whatever its positions are; some rotary embeddings look at the longest."""
+        return getattr(self._rotary, "rope_type", None) in ("default", "linear", "llama3", "yarn")
+
     def hidden(self, layout: PassLayout, adapters: PassAdapters, last_only: bool) -> Tensor:
         """Final hidden states: [segments, hidden] at the last tokens (`last_only`) or [tokens, hidden].
 

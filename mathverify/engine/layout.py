@@ -211,23 +211,17 @@ class PassLayout:
         mixed = np.repeat(keys, self.lengths) * np.uint64(0x9E3779B1) + self._positions.astype(np.uint64)
         return self._tensor((mixed & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32), torch.int32)
 
-    def make_as(self, other: PassLayout) -> None:
-        """Make the tensors that `other` has made, all of which are made when they are asked for the first time."""
-        if other._tiles is not None:
-            self.tiles(other._tile_size)
-        for name, theirs in list(vars(other).items()):
-            if name != "_tiles" and isinstance(theirs, torch.Tensor):
-                getattr(self, name)
-
     def become(self, other: PassLayout) -> None:
         """Take over another steady pass of as many tokens and segments, all of one slot: the tensors that are there
         are overwritten in place, for CUDA graphs that read them. Only tensors follow, not `segments` and the like."""
-        assert self.steady and other.steady and len(self.segments) == len(other.segments)
-        if self._tiles is not None:
-            self._tiles.copy_(other.tiles(self._tile_size), non_blocking=True)
+        assert self.steady
+        assert other.steady
+        assert len(self.segments) == len(other.segments)
+        assert self.spans == other.spans
         for name, own in list(vars(self).items()):
-            if name != "_tiles" and isinstance(own, torch.Tensor):
-                own.copy_(getattr(other, name), non_blocking=True)
+            if isinstance(own, torch.Tensor):
+                theirs = other.tiles(self._tile_size) if name == "_tiles" else getattr(other, name)
+                own.copy_(theirs, non_blocking=True)
 
     def unsorted(self, values: torch.Tensor) -> torch.Tensor:
         """Per-segment values [segments, ...] back in the order in which the segments were given."""

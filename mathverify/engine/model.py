@@ -33,6 +33,16 @@ class Ready:
     adapters: Sequence[Adapter | None]
     weights: Weights | None
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether it is worth keeping for the next round of the same adapters."""
+        return self.weights is not None and self.weights.lasting
+
+    def refresh(self) -> None:
+        """Take over what the adapters have become."""
+        if self.weights is not None:
+            self.weights.refresh()
+
 
 class PackedModel:
     """A base adopted by the engine: linears wrapped, attention packed. One per base and process (`adopt`)."""
@@ -63,12 +73,15 @@ class PackedModel:
 
     @property
     def replays(self) -> bool:
-        """Whether training passes of one adapter may be recorded as CUDA graphs."""
-        fast = self.fast is not None and not self.fast.recompute
-        return self.device.type == "cuda" and fast and self.base.dtype.itemsize == 2
+        """Whether training passes of one adapter may be recorded as CUDA graphs.
+
+        Not where memory was too short for dense weights: there it is for graphs too.
+        """
+        fast = self.fast is not None and self.fast.is_steady and not self.fast.recompute
+        return fast and self.device.type == "cuda" and self.base.dtype.itemsize == 2 and self.dense_bytes() == 0
 
     def ready(self, adapters: Sequence[Adapter | None]) -> Ready:
-        """Adapters for coming passes, prepared once; stale as soon as one of them changes (Weights.refresh)."""
+        """Adapters for coming passes, prepared once; stale as soon as one of them changes (`Ready.refresh`)."""
         weights = None if self.fast is None else weights_of(adapters, self.base.dtype, self.device)
         return Ready(adapters, weights)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mathverify.config import LossKind
+from mathverify.engine.budget import has_room_beside
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
 from mathverify.engine.passes import TokenBudget, cut, is_out_of_memory
 from mathverify.engine.ranks import Ranks, Step
-from mathverify.engine.replay import MOST_TOKENS, Replays
+from mathverify.engine.replay import MOST_ADDED, MOST_TOKENS, Replays
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
 
@@ -41,6 +42,7 @@ class Pack:
     def add(self, trial: Trial) -> None:
         """A trial joins from the next round on."""
         self.trials.append(trial)
+        self._kept = None
 
     def remove(self, trial: Trial) -> None:
         """A trial leaves; the others do not notice."""
@@ -91,7 +93,7 @@ class Pack:
             return self._try_passes(trials, segments)
         except RuntimeError as error:
             # What was recorded holds memory that passes can do without.
-            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.give_up("out of memory"):
+            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.make_room():
                 raise
         return self._try_passes(trials, segments)
 
@@ -108,14 +110,24 @@ class Pack:
     def _ready(self, trials: Sequence[Trial]) -> _Kept:
         """The trials' adapters as passes need them, kept for the next round of the same trials if that is worth it."""
         adapters: list[Adapter | None] = [trial.adapter for trial in trials]
-        kept = self._kept
-        if kept is None or kept.ready.adapters != adapters:
-            kept = _Kept(self.model.ready(adapters), Replays(self.model.device))
-            lasting = kept.ready.weights is not None and kept.ready.weights.lasting
-            self._kept = kept if lasting else None
-        elif kept.ready.weights is not None:
-            kept.ready.weights.refresh()
+        if self._kept is not None and self._kept.ready.adapters == adapters:
+            self._kept.ready.refresh()
+            return self._kept
+        self._kept = None  # before others take memory
+        kept = _Kept(self.model.ready(adapters), Replays(self.model.device, self._room(trials[0])))
+        if kept.ready.is_lasting:
+            self._kept = kept
         return kept
+
+    def _room(self, trial: Trial) -> Callable[[int], bool]:
+        """Whether there is memory for a recorded pass of a trial beside the largest that is not."""
+        model, budget = self.model, self.budget  # not the pack: what is kept in it should not hold it
+
+        def has_room(tokens: int) -> bool:
+            largest = int(trial.store.lengths.max()) * trial.config.train.examples_per_step
+            return has_room_beside(model, trial.config, min(budget.tokens, largest), tokens)
+
+        return has_room
 
     def _cut(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> Iterator[tuple[LossKind, list[Segment]]]:
         """Passes of one kind of loss each."""
@@ -145,11 +157,9 @@ class Pack:
         totals += torch.where(own, weighted, 0.0).sum(dim=1)
 
     def _replays(self, trials: Sequence[Trial], kind: LossKind, segments: Sequence[Segment]) -> bool:
-        """Whether a pass is of the kind that is recorded. With at most half the budget there is room for what its graph
-        holds beside other passes."""
-        most = min(MOST_TOKENS, self.budget.tokens // 2)
-        small = sum(len(segment) for segment in segments) <= most
-        return self.model.replays and len(trials) == 1 and kind is LossKind.label and small
+        """Whether a pass is of the kind that is rounded up and recorded."""
+        small = sum(len(segment) for segment in segments) <= min(MOST_TOKENS, self.budget.tokens - MOST_ADDED)
+        return small and len(trials) == 1 and kind is LossKind.label and self.model.replays
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:
         if kind is LossKind.sequence:

@@ -153,11 +153,13 @@ class LoopProducts:
 
 
 class LoopWeights:
-    """Adapters' weights in the dtype of the passes, made once for all passes that share them."""
+    """Adapters' weights in the dtype of the passes, made once for all passes that share them.
 
-    lasting = True
+    In float32 these are the adapters themselves, and a copy of a single one is small: both last.
+    """
 
     def __init__(self, adapters: Sequence[Adapter | None], dtype: torch.dtype) -> None:
+        self.lasting = dtype is torch.float32 or len(adapters) == 1
         self._adapters = adapters
         self._flats = [None if adapter is None else adapter.flat.detach().to(dtype) for adapter in adapters]
         self._made: dict[tuple[str, ...], LoopProducts | None] = {}

@@ -19,7 +19,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -37,10 +38,10 @@ Record = Callable[[Work], Work]
 """Takes work on tensors that stay where they are, and returns what does it again."""
 
 MOST_TOKENS = 4096
-"""Of a pass that is recorded: with more, the GPU is slower than the launches (an 8B model)."""
+"""Of a pass that is rounded up and recorded: with more, the GPU is slower than the launches (an 8B model)."""
 
 MOST_GRAPHS = 64
-"""Sizes that are kept; each graph takes some megabytes of the host's and of the device's memory."""
+"""Sizes that are kept. Besides the memory that they share each takes some megabytes, the host's and the device's."""
 
 BEFORE = 1
 """Times that a size must have come before it is recorded: that costs as much as launching, and what came twice comes
@@ -51,6 +52,12 @@ ROOM = 0.25
 
 SEGMENTS = 4
 """Segments are rounded up to a multiple of this."""
+
+MOST_ADDED = SEGMENTS + 127
+"""Most tokens that rounding adds."""
+
+_cannot: set[torch.device] = set()
+"""Devices on which recording failed, and not for memory: it would fail again for every run of this process."""
 
 
 def rounded(segments: Sequence[Segment]) -> list[Segment]:
@@ -70,31 +77,41 @@ def rounded(segments: Sequence[Segment]) -> list[Segment]:
 class Replays:
     """The recorded passes of one adapter, by size.
 
-    recorder: makes what records; all that one of them made shares memory. When memory or recording fails nothing is
-    recorded from then on: passes are launched one by one.
+    recorder: makes what records; all that one of them made shares memory. has_room: whether there is memory for a pass
+    of so many tokens beside those that are not recorded. Without room, or when recording fails, nothing is recorded
+    from then on: passes are launched one by one. did: how many passes were launched, recorded and replayed.
     """
 
-    def __init__(self, device: torch.device, recorder: Callable[[torch.device], Record] | None = None) -> None:
-        self._device = device
-        self._recorder = recorder or Recorder
+    def __init__(
+        self,
+        device: torch.device,
+        has_room: Callable[[int], bool] = lambda tokens: True,
+        recorder: Callable[[torch.device], Record] | None = None,
+    ) -> None:
+        self._device, self._has_room, self._recorder = device, has_room, recorder or Recorder
         self._seen: Counter[tuple[int, int]] = Counter()
         self._recorded: dict[tuple[int, int], tuple[PassLayout, Work]] = {}
         self._widest: _Widest | None = None
-        self._given_up = False
+        self._given_up = device in _cannot
+        self.did: Counter[str] = Counter()
 
     def losses(self, segments: Sequence[Segment], work: PassWork) -> Tensor:
         """What `work` returns for these segments, [segments].
 
         Args:
-            work: from the layout of a pass to something for each of its segments, and whatever else it does on the
-                device. Given the same sizes, it must launch the same. It is called, or what it launched once is again.
+            segments: of one slot, at most MOST_TOKENS. work: from the layout of a pass to something for each of its
+                segments, and whatever else it does on the device; of segments without weight it must leave no trace.
+                Given the same sizes, it must launch the same. Either it is called, or what it launched when it was
+                recorded is launched again.
         """
         wanted = rounded(segments)
         size = sum(len(segment) for segment in wanted), len(wanted)
         if size in self._recorded:
+            self.did["replayed"] += 1
             layout, replay = self._recorded[size]
             layout.become(PassLayout(wanted, "cpu", steady=True))
             return replay()[: len(segments)]
+        self.did["launched"] += 1
         layout = PassLayout(wanted, self._device, steady=True)
         found = work(layout)[: len(segments)]
         self._seen[size] += 1
@@ -106,25 +123,37 @@ class Replays:
     def _keep(self, size: tuple[int, int], layout: PassLayout, work: PassWork) -> None:
         try:
             if self._widest is None or size[0] > self._widest.tokens:
-                self._recorded.clear()
-                self._widest = None
+                self._let_go()
+                if not self._has_room(_Widest.tokens_for(layout)):
+                    self._given_up = True
+                    return
                 self._widest = _Widest.of(layout, work, self._recorder(self._device))
             self._recorded[size] = layout, self._widest.record(lambda: work(layout))
+            self.did["recorded"] += 1
             return
         except RuntimeError as error:
             reason = "out of memory" if is_out_of_memory(error) else str(error.__context__ or error)
+            if not is_out_of_memory(error):
+                _cannot.add(self._device)
         # Behind the handler, since the error's traceback holds on to tensors.
-        self.give_up(reason)
+        self._give_up(reason)
 
-    def give_up(self, reason: str) -> bool:
-        """Let go of what was recorded, and record no more; whether there was anything."""
+    def make_room(self) -> bool:
+        """Memory ran out: let go of what was recorded, and record no more; whether there was anything."""
         had = self._widest is not None
+        if had:
+            self._give_up("out of memory")
+        return had
+
+    def _give_up(self, reason: str) -> None:
+        self._let_go()
+        self._given_up = True
+        log.warning("small passes are launched one by one from now on, which is slower: %s", reason)
+
+    def _let_go(self) -> None:
+        """All at once: newer versions of torch free what graphs of one stream share when the first of them goes."""
         self._recorded.clear()
         self._widest = None
-        if not self._given_up:
-            log.warning("small passes are launched one by one from now on, which is slower: %s", reason)
-        self._given_up = True
-        return had
 
 
 @dataclass(frozen=True)
@@ -135,20 +164,24 @@ class _Widest:
     record: Record
     again: Work
 
+    @staticmethod
+    def tokens_for(layout: PassLayout) -> int:
+        return -(-layout.tokens * round(100 * (1 + ROOM)) // (100 * 128)) * 128
+
     @classmethod
     def of(cls, layout: PassLayout, work: PassWork, record: Record) -> _Widest:
         """layout: of a pass that was done; the widest has the same segments, the last of them longer."""
-        room = -(-layout.tokens * (1 + ROOM) // 128) * 128
-        *own, last = layout.segments
-        longer = replace(last, ids=last.ids[:1].repeat(int(room) - layout.tokens + len(last)))
+        tokens = cls.tokens_for(layout)
+        *own, last = (replace(segment, weight=0.0) for segment in layout.segments)
+        longer = replace(last, ids=last.ids[:1].repeat(tokens - layout.tokens + len(last)))
         widest = PassLayout([*own, longer], layout.device, steady=True)
-        widest.make_as(layout)
-        return cls(widest.tokens, record, record(lambda: work(widest)))
+        work(widest)  # puts the layout's tensors in place and loads the kernels of its size; without weight, in vain
+        return cls(tokens, record, record(lambda: work(widest)))
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are recorded; one for the process, since cuBLAS keeps a workspace for each stream it has seen."""
+    """Where graphs are recorded; one for a device, since cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
@@ -161,27 +194,46 @@ class Recorder:
         self._pool: Any = None
 
     def __call__(self, work: Work) -> Work:
-        stream = _stream(self._device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if self._pool is None:
+            torch.cuda.empty_cache()  # while it records, the allocator cannot fall back on what it has cached
+            self._pool = torch.cuda.graph_pool_handle()
+        stream, current = _stream(self._device), torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        collecting = gc.isenabled()
-        gc.disable()  # what a collection frees might not be freed while a graph is recorded
-        try:
-            with torch.cuda.stream(stream):
-                # Other threads (NCCL's, W&B's) may go on meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    result = work()
-                finally:
-                    graph.capture_end()
-        finally:
-            if collecting:
-                gc.enable()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        stream.wait_stream(current)
+        with _no_collection(), torch.cuda.stream(stream):
+            # Other threads (NCCL's, W&B's) may go on meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                self._end(graph)
+        current.wait_stream(stream)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # When recording was broken off torch 2.11's allocator goes on as if it recorded, and frees nothing.
+            with suppress(Exception):
+                index = torch.cuda.current_device() if self._device.index is None else self._device.index
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+                torch._C._cuda_releasePool(index, self._pool)
+            raise
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What the garbage collector frees might not be freed while a graph is recorded."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

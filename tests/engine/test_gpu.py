@@ -150,6 +150,40 @@ def test_a_recorded_run_has_the_bits_of_a_launched_one(
     assert np.array_equal(scores, launched_scores)
 
 
+def test_a_recorded_run_ends_near_one_without_rounding(
+    rows: Rows, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = on_gpu(), config(max_steps=30, rank=8, learning_rate=1e-3)
+    (recorded,) = train(model, rows, [settings])
+    monkeypatch.setattr(PackedModel, "replays", False)
+    (plain,) = train(model, rows, [settings])
+    assert cosine(recorded.adapter.flat, plain.adapter.flat) > 0.999
+
+
+def test_work_that_cannot_be_recorded_leaves_the_allocator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mathverify.engine import replay
+    from mathverify.engine.layout import PassLayout, Segment
+
+    monkeypatch.setattr(replay, "_cannot", set())
+    device = torch.device("cuda:0")
+    replays = replay.Replays(device)
+
+    def waits(layout: PassLayout) -> torch.Tensor:
+        float(layout.weights.sum())
+        return layout.weights * 2
+
+    for _ in range(4):
+        found = replays.losses([Segment(np.arange(9, dtype=np.int32), True, weight=0.5)], waits)
+        assert found.tolist() == [1.0]
+    assert replays.did == {"launched": 4}
+    assert device in replay._cannot
+    cached = torch.empty(2**26, device=device)
+    del cached
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - 2**28
+
+
 def test_kernels_equal_their_definitions_in_torch() -> None:
     """Each Triton kernel against the torch function of the same name, at odd sizes, in both number formats."""
     from mathverify.engine import elementwise as ew
