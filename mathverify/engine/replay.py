@@ -132,8 +132,10 @@ class Replays:
             self.did["recorded"] += 1
             return
         except RuntimeError as error:
-            reason = "out of memory" if is_out_of_memory(error) else str(error.__context__ or error)
-            if not is_out_of_memory(error):
+            # What breaks recording off is behind the word that it was broken off.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            reason = "out of memory" if is_out_of_memory(cause) else (str(cause).splitlines() or ["?"])[0]
+            if not is_out_of_memory(cause):
                 _cannot.add(self._device)
         # Behind the handler, since the error's traceback holds on to tensors.
         self._give_up(reason)
