@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -130,7 +131,8 @@ def test_offline_runs_are_sent_later_and_land_in_their_group(
             tracker.finish(status)
     assert not server.bodies, "offline means offline"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    command = f"{Path(sys.executable).with_name('wandb')} sync {tmp_path}/*/wandb/offline-run-*"
+    program = shlex.quote(str(Path(sys.executable).with_name("wandb")))
+    command = f"{program} sync {shlex.quote(str(tmp_path))}/*/wandb/offline-run-*"
     subprocess.run(command, shell=True, check=True, capture_output=True, timeout=60, cwd=tmp_path)
     assert len(server.run_ids) == 2
     for trial, tags, last in ((3, ["night", "completed"], 8), (4, ["night", "pruned"], 5)):
