@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
 from mathverify.config import DataConfig, LossKind, RunConfig
-from mathverify.engine.budget import RESERVE, adapter_bytes, plan_budget
+from mathverify.engine.budget import RESERVE, adapter_bytes, device_memory, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel, adopt
@@ -183,7 +182,6 @@ def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     """How many of the configs, in their order, fit beside each other; at least one."""
     if model.device.type != "cuda":
         return len(configs)
-    free, _ = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free, _ = device_memory(model.device)
     needed = np.cumsum([adapter_bytes(model, config) for config in configs])
     return max(1, int(np.searchsorted(needed, free * RESERVE * SHARE_FOR_ADAPTERS, side="right")))

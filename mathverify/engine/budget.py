@@ -58,8 +58,7 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) 
         return BudgetPlan(max(CPU_TOKENS, longest), f"{max(CPU_TOKENS, longest):,} tokens a pass on the CPU")
     step = max(config.train.examples_per_step for config in configs) * longest * trials
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free, total = device_memory(model.device)
     trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
     fixed = trials * (trained + copy_bytes(model, configs)) + scratch_bytes(model)
     per_token = activation_bytes(model, configs)
@@ -77,12 +76,17 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) 
     return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
 
 
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, those that torch's allocator holds and does not use among them, and all it has."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
 def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int) -> bool:
     """Whether another `tokens` fit on the device beside passes of `passes` tokens; on a CPU they always do."""
     if model.device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free, _ = device_memory(model.device)
     return free * RESERVE >= (passes + tokens) * activation_bytes(model, [config])
 
 
