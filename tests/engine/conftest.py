@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,9 @@ import torch
 from mathverify.base import Base
 from mathverify.config import LoraConfig, OptimizerConfig, RunConfig, TrainConfig
 from mathverify.engine.model import PackedModel
+from mathverify.engine.pack import Pack
+from mathverify.engine.passes import TokenBudget
+from mathverify.engine.trial import Trial
 
 VERDICTS = SimpleNamespace(true_id=5, false_id=6)
 VOCABULARY = 97
@@ -92,6 +95,20 @@ def make_config(seed: int = 0, **changes: Any) -> RunConfig:
 @pytest.fixture
 def config() -> Callable[..., RunConfig]:
     return make_config
+
+
+def train(model: PackedModel, rows: Rows, configs: Sequence[RunConfig], budget: int = 10**6) -> list[list[float]]:
+    """Train the configs as one pack; each trial's loss curve, then its final flat parameters as `.final`."""
+    pack = Pack(model, TokenBudget(budget))
+    trials = [Trial.start(config, rows, VERDICTS, model) for config in configs]  # type: ignore[arg-type]
+    for trial in trials:
+        pack.add(trial)
+    curves: dict[Trial, list[float]] = {trial: [] for trial in trials}
+    while pack.running:
+        for trial, report in pack.step():
+            curves[trial].append(report.loss)
+    train.trials = trials  # type: ignore[attr-defined]
+    return [curves[trial] for trial in trials]
 
 
 @pytest.fixture

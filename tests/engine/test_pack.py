@@ -21,23 +21,9 @@ from mathverify.engine.passes import TokenBudget
 from mathverify.engine.trial import Trial, TrialState
 from mathverify.errors import UserError
 
-from .conftest import VERDICTS, Rows, llama, make_config, random_rows
+from .conftest import VERDICTS, Rows, llama, make_config, random_rows, train
 
 Config = Callable[..., RunConfig]
-
-
-def train(model: PackedModel, rows: Rows, configs: Sequence[RunConfig], budget: int = 10**6) -> list[list[float]]:
-    """Train the configs as one pack; each trial's loss curve, then its final flat parameters as `.final`."""
-    pack = Pack(model, TokenBudget(budget))
-    trials = [Trial.start(config, rows, VERDICTS, model) for config in configs]  # type: ignore[arg-type]
-    for trial in trials:
-        pack.add(trial)
-    curves: dict[Trial, list[float]] = {trial: [] for trial in trials}
-    while pack.running:
-        for trial, report in pack.step():
-            curves[trial].append(report.loss)
-    train.trials = trials  # type: ignore[attr-defined]
-    return [curves[trial] for trial in trials]
 
 
 def finals() -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
 from mathverify.engine.trial import Trial
 
-from .conftest import VERDICTS, Rows, llama
+from .conftest import VERDICTS, Rows, llama, train
 
 Config = Callable[..., RunConfig]
 QUANTIZED = [QuantizationKind.nf4, QuantizationKind.fp4, QuantizationKind.int8]
@@ -98,19 +98,8 @@ def test_a_trial_in_a_pack_equals_the_same_alone(
     ]
     model = quantized_model(kind, checkpoint, configs[0])
 
-    def losses(own: list[RunConfig]) -> list[list[float]]:
-        pack = Pack(model, TokenBudget(10**6))
-        trials = [Trial.start(one, rows, VERDICTS, model) for one in own]  # type: ignore[arg-type]
-        for trial in trials:
-            pack.add(trial)
-        found: dict[Trial, list[float]] = {trial: [] for trial in trials}
-        while pack.running:
-            for trial, report in pack.step():
-                found[trial].append(report.loss)
-        return list(found.values())
-
-    for one, together in zip(configs, losses(configs), strict=True):
-        assert together == pytest.approx(losses([one])[0], rel=tolerance)
+    for one, together in zip(configs, train(model, rows, configs), strict=True):
+        assert together == pytest.approx(train(model, rows, [one])[0], rel=tolerance)
 
 
 def test_a_base_is_loaded_once(checkpoint: Path, config: Config, fresh_bases: None) -> None:
