@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
 from mathverify.config import DataConfig, LossKind, RunConfig
-from mathverify.engine.budget import RESERVE, adapter_bytes, device_memory, plan_budget
+from mathverify.engine.budget import RESERVE, Lengths, adapter_bytes, device_memory, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel, adopt
 from mathverify.engine.passes import TokenBudget
+from mathverify.engine.ranks import place
 from mathverify.errors import UserError
 from mathverify.examples.report import DataReport, data_report, lengths
 from mathverify.examples.schema import Splits
@@ -101,7 +102,8 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
     possible = _possible(model, together)
     at_once = _at_once(model, possible)
     longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
-    plan = plan_budget(model, possible[:at_once], longest)
+    tokens = Lengths.of(rows.stores["train"].lengths + 1, longest)
+    plan = plan_budget(model, possible[:at_once], tokens, place().size)
     return Workbench(
         model=model,
         model_path=model_path(config.model),

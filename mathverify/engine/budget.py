@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mathverify.config import LossKind, MemoryMode, OptimizerKind, RunConfig
 from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel
+from mathverify.engine.replay import MOST_TOKENS, most_held
 
 CPU_TOKENS = 4096
 """On a CPU memory is rarely what limits a pass: this many tokens keep the cores busy without leaving the cache."""
 
 MOST, MOST_LEAN = 65536, 3072
 """Tokens of the largest pass that is planned on a GPU: beyond these a pass gains no speed, and lean wants it small."""
+
+ENOUGH = 8192
+"""Tokens of a pass that keep a GPU busy: larger ones gain less than dense weights do."""
 
 RESERVE = 0.92
 """Share of the free memory that is planned for; the rest is for the allocator's rounding."""
@@ -27,7 +33,8 @@ class BudgetPlan:
     """tokens: most tokens of a pass. text: the plan as a person reads it before the run.
 
     fixed_bytes, token_bytes: a pass of n tokens needs fixed_bytes + n token_bytes on the device, everything that was
-    there before included; 0 on a CPU.
+    there before included; 0 on a CPU. Recorded passes hold memory of their own beside it, token_bytes for each token of
+    the widest (replay.py).
     """
 
     tokens: int
@@ -36,17 +43,37 @@ class BudgetPlan:
     token_bytes: int = 0
 
 
-def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) -> BudgetPlan:
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the segments that passes are made of. longest: of all. mean, spread: of those trained on, and their
+    standard deviation."""
+
+    longest: int
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, trained: NDArray[np.int32], longest: int = 0) -> Lengths:
+        """trained: tokens of rows that are trained on [n]. longest: of any other segment."""
+        return cls(max(longest, int(trained.max())), float(trained.mean()), float(trained.std()))
+
+    def usual(self, segments: int) -> int:
+        """Tokens that so many segments seldom exceed: three standard deviations above their mean."""
+        return min(segments * self.longest, int(segments * self.mean + 3 * segments**0.5 * self.spread))
+
+
+def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengths, processes: int = 1) -> BudgetPlan:
     """Choose the token budget of runs that train together; each is taken to need what the largest of them does, and
     copies padded to what all of them have.
 
     Args:
-        configs: of all of them, with the same `train.memory` and `train.token_budget`. longest: tokens of the longest
-            segment; a pass is never planned smaller.
+        configs: of all of them, with the same `train.memory` and `train.token_budget`. lengths: of their segments; a
+            pass is never planned smaller than the longest. processes: that share every step (torchrun).
 
-    On a GPU with room for a whole step of longest segments besides, dense copies of the quantised weights are kept.
+    On a GPU where passes stay large enough beside them, dense copies of the quantised weights are kept; and a lone run
+    whose steps are small leaves room for recorded passes.
     """
-    first, trials = configs[0].train, len(configs)
+    first, trials, longest = configs[0].train, len(configs), lengths.longest
     lean = first.memory is MemoryMode.lean
     model.recompute_activations(lean)
     only_verdicts = all(config.train.loss is LossKind.label for config in configs)
@@ -56,23 +83,37 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], longest: int) 
         if asked is not None:
             return BudgetPlan(asked, _as_asked(asked, longest))
         return BudgetPlan(max(CPU_TOKENS, longest), f"{max(CPU_TOKENS, longest):,} tokens a pass on the CPU")
-    step = max(config.train.examples_per_step for config in configs) * longest * trials
+
+    segments = -(-max(config.train.examples_per_step for config in configs) * trials // processes)
+    step = segments * longest
+    per_token = activation_bytes(model, configs)
+    trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
+    fixed = trials * (trained + copy_bytes(model, configs))
+    model.keep_dense(False)  # of the runs before
     torch.cuda.empty_cache()
     free, total = device_memory(model.device)
-    trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
-    fixed = trials * (trained + copy_bytes(model, configs)) + scratch_bytes(model)
-    per_token = activation_bytes(model, configs)
-    dense, kept = model.dense_bytes(), ""
-    if dense and not lean and free * RESERVE - fixed - dense > step * per_token:
-        model.keep_dense()
+
+    def fits(bytes_: int) -> int:
+        """Tokens of the passes that so many bytes hold beside what is fixed."""
+        return int((bytes_ * RESERVE - fixed) / per_token)
+
+    enough = max(longest, min(lengths.usual(segments), ENOUGH) if asked is None else asked)
+    dense = model.dense_bytes()
+    keeps = dense > 0 and not lean and fits(free - dense) >= enough
+    if keeps:
+        model.keep_dense(True)
         free -= dense
-        fixed -= scratch_bytes(model)
-        kept = ", dequantised weights kept"
-    fits = int((free * RESERVE - fixed) / per_token)
-    tokens = max(longest, min(fits, step, MOST_LEAN if lean else MOST)) if asked is None else asked
-    beyond = fixed + min(max(tokens, longest), step) * per_token
+    else:
+        fixed += scratch_bytes(model)
+    held = 0
+    if trials == 1 and only_verdicts and model.replays and segments * lengths.mean <= MOST_TOKENS:
+        held = most_held(step)
+        held = held if fits(free) >= enough + held else 0
+    tokens = max(longest, min(fits(free) - held, step, MOST_LEAN if lean else MOST)) if asked is None else asked
+    needed = total - free + fixed + (min(max(tokens, longest), step) + held) * per_token
     passes = f"{tokens:,} tokens a pass" if asked is None else _as_asked(asked, longest)
-    text = f"needs {(total - free + beyond) / 2**30:.1f} of {total / 2**30:.0f} GiB: {passes}{kept}"
+    more = ", dequantised weights kept" * keeps + ", small passes recorded" * (held > 0)
+    text = f"needs {needed / 2**30:.1f} of {total / 2**30:.0f} GiB: {passes}{more}"
     return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
 
 
@@ -83,11 +124,14 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int) -> bool:
-    """Whether another `tokens` fit on the device beside passes of `passes` tokens; on a CPU they always do."""
+    """Whether another `tokens` fit on the device beside passes of `passes` tokens; on a CPU they always do.
+
+    Without a reserve: plan_budget has left one, of which libraries have taken their share since.
+    """
     if model.device.type != "cuda":
         return True
     free, _ = device_memory(model.device)
-    return free * RESERVE >= (passes + tokens) * activation_bytes(model, [config])
+    return free >= (passes + tokens) * activation_bytes(model, [config])
 
 
 def _as_asked(tokens: int, longest: int) -> str:
@@ -115,7 +159,8 @@ def copy_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:
 
 
 def scratch_bytes(model: PackedModel) -> int:
-    """Bytes of the buffer that quantised weights are made dense in: the largest group of linears with one input."""
+    """Bytes of the buffer that quantised weights are made dense in where no dense copies are kept: the largest group of
+    linears with one input."""
     if model.fast is None or model.dense_bytes() == 0:
         return 0
     return max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups) * model.base.dtype.itemsize

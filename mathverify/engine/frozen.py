@@ -34,9 +34,12 @@ class FrozenLinear(nn.Module):
     def is_quantized(self) -> bool:
         return self.dense_weight is not None
 
-    def keep_dense(self, dtype: torch.dtype) -> None:
-        """Hold a dense copy of a quantised weight from now on: the same numbers, no work per pass, more memory."""
-        if self.dense_weight is not None and self.kept is None:
+    def keep_dense(self, wanted: bool, dtype: torch.dtype) -> None:
+        """Hold a dense copy of a quantised weight from now on, or none. With it: the same numbers, no work per pass,
+        more memory."""
+        if not wanted:
+            self.kept = None
+        elif self.dense_weight is not None and self.kept is None:
             self.kept = self.dense_weight(dtype)
 
     def write_dense(self, out: Tensor) -> None:
@@ -132,9 +135,15 @@ class FrozenGroup:
             one.write_dense(own)
         return whole
 
-    def keep_dense(self, dtype: torch.dtype) -> None:
-        """Hold the dense weights from now on."""
-        if self._dense is None and self._codes is None:
+    def keep_dense(self, wanted: bool, dtype: torch.dtype) -> None:
+        """Hold the dense weights of quantised linears from now on, or none."""
+        if not self.linears[0].is_quantized:
+            return
+        if not wanted:
+            self._dense = None
+            for one in self.linears:
+                one.kept = None
+        elif self._dense is None:
             self._dense = self.dense(dtype).clone()
             for own, one in zip(self._split(), self.linears, strict=True):
                 one.kept = own

@@ -17,6 +17,7 @@ from mathverify.base import Base
 from mathverify.config import QuantizationKind
 from mathverify.engine.attention import ATTENTION, register
 from mathverify.engine.decoder import Decoder, PassAdapters, is_supported
+from mathverify.engine.frozen import FrozenLinear
 from mathverify.engine.layout import PassLayout
 from mathverify.engine.lora import Adapter, AdapterHost
 from mathverify.engine.products import Weights, weights_of
@@ -78,7 +79,7 @@ class PackedModel:
         Not where memory was too short for dense weights: there it is for graphs too.
         """
         fast = self.fast is not None and self.fast.is_steady and not self.fast.recompute
-        return fast and self.device.type == "cuda" and self.base.dtype.itemsize == 2 and self.dense_bytes() == 0
+        return fast and self.device.type == "cuda" and self.base.dtype.itemsize == 2 and self.is_dense
 
     def ready(self, adapters: Sequence[Adapter | None]) -> Ready:
         """Adapters for coming passes, prepared once; stale as soon as one of them changes (`Ready.refresh`)."""
@@ -156,23 +157,31 @@ class PackedModel:
         logits = self._finish(self.head(hidden).float())
         return nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    def dense_bytes(self) -> int:
-        """Bytes that dense copies of the quantised linears would take, not counting those that are kept already; 0 for
-        FP8, whose weights are not made dense."""
+    @property
+    def _dequantised(self) -> list[FrozenLinear]:
+        """Linears whose weights passes need dense and which are not stored so; FP8's are multiplied as they are."""
         if self.base.quantization is QuantizationKind.fp8:
-            return 0
-        width = self.base.dtype.itemsize
-        linears = [packed.frozen for packed in self.host.linears.values()]
-        return sum(f.in_features * f.out_features * width for f in linears if f.is_quantized and f.kept is None)
+            return []
+        return [packed.frozen for packed in self.host.linears.values() if packed.frozen.is_quantized]
 
-    def keep_dense(self) -> None:
-        """Hold dense copies of all quantised linears: the same numbers without dequantising in every pass."""
+    def dense_bytes(self) -> int:
+        """Bytes that dense copies of the quantised linears take, kept or not; 0 where passes need none."""
+        return sum(f.in_features * f.out_features for f in self._dequantised) * self.base.dtype.itemsize
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether passes find every weight as they need it, without dequantising."""
+        return all(frozen.kept is not None for frozen in self._dequantised)
+
+    def keep_dense(self, wanted: bool) -> None:
+        """Hold dense copies of all quantised linears from now on, or none. With them: the same numbers, without
+        dequantising in every pass."""
         if self.base.quantization is QuantizationKind.fp8:
             return
         for group in () if self.fast is None else self.fast.groups:
-            group.frozen.keep_dense(self.base.dtype)
+            group.frozen.keep_dense(wanted, self.base.dtype)
         for packed in self.host.linears.values():
-            packed.frozen.keep_dense(self.base.dtype)
+            packed.frozen.keep_dense(wanted, self.base.dtype)
 
     def lend_head(self, wanted: bool) -> None:
         """Move the output layer to the host's memory, of which verdicts read two rows, or back to the device.

@@ -51,6 +51,11 @@ class Pack:
         self._kept = None
 
     @property
+    def replays(self) -> Replays | None:
+        """The passes that this round's trial has recorded, if they are kept for its next one."""
+        return None if self._kept is None else self._kept.replays
+
+    @property
     def running(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.state is TrialState.running]
 
@@ -121,10 +126,10 @@ class Pack:
 
     def _room(self, trial: Trial) -> Callable[[int], bool]:
         """Whether there is memory for a recorded pass of a trial beside the largest that is not."""
-        model, budget = self.model, self.budget  # not the pack: what is kept in it should not hold it
+        model, budget, processes = self.model, self.budget, self.ranks.size  # not the pack, which holds what is kept
 
         def has_room(tokens: int) -> bool:
-            largest = int(trial.store.lengths.max()) * trial.config.train.examples_per_step
+            largest = int(trial.store.lengths.max()) * -(-trial.config.train.examples_per_step // processes)
             return has_room_beside(model, trial.config, min(budget.tokens, largest), tokens)
 
         return has_room

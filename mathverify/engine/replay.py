@@ -60,6 +60,15 @@ _cannot: set[torch.device] = set()
 """Devices on which recording failed, and not for memory: it would fail again for every run of this process."""
 
 
+def most_held(tokens: int) -> int:
+    """Most tokens of a pass that is recorded, if passes have up to `tokens`."""
+    return _with_room(min(tokens, MOST_TOKENS) + MOST_ADDED)
+
+
+def _with_room(tokens: int) -> int:
+    return -(-tokens * round(100 * (1 + ROOM)) // (100 * 128)) * 128
+
+
 def rounded(segments: Sequence[Segment]) -> list[Segment]:
     """These segments of one slot, and behind them at least one that weighs nothing, so that sizes repeat.
 
@@ -124,7 +133,7 @@ class Replays:
         try:
             if self._widest is None or size[0] > self._widest.tokens:
                 self._let_go()
-                if not self._has_room(_Widest.tokens_for(layout)):
+                if not self._has_room(_with_room(layout.tokens)):
                     self._given_up = True
                     return
                 self._widest = _Widest.of(layout, work, self._recorder(self._device))
@@ -139,6 +148,11 @@ class Replays:
                 _cannot.add(self._device)
         # Behind the handler, since the error's traceback holds on to tensors.
         self._give_up(reason)
+
+    @property
+    def held(self) -> int:
+        """Tokens of the widest recorded pass, whose memory all of them share; 0 if there is none."""
+        return 0 if self._widest is None else self._widest.tokens
 
     def make_room(self) -> bool:
         """Memory ran out: let go of what was recorded, and record no more; whether there was anything."""
@@ -166,14 +180,10 @@ class _Widest:
     record: Record
     again: Work
 
-    @staticmethod
-    def tokens_for(layout: PassLayout) -> int:
-        return -(-layout.tokens * round(100 * (1 + ROOM)) // (100 * 128)) * 128
-
     @classmethod
     def of(cls, layout: PassLayout, work: PassWork, record: Record) -> _Widest:
         """layout: of a pass that was done; the widest has the same segments, the last of them longer."""
-        tokens = cls.tokens_for(layout)
+        tokens = _with_room(layout.tokens)
         *own, last = (replace(segment, weight=0.0) for segment in layout.segments)
         longer = replace(last, ids=last.ids[:1].repeat(tokens - layout.tokens + len(last)))
         widest = PassLayout([*own, longer], layout.device, steady=True)
@@ -221,11 +231,18 @@ class Recorder:
         try:
             graph.capture_end()
         except RuntimeError:
-            # When recording was broken off torch 2.11's allocator goes on as if it recorded, and frees nothing.
+            # When recording was broken off torch 2.11 goes on as if it recorded: its allocator frees nothing, and its
+            # generator of random numbers refuses to draw any until another recording has come to its end.
             with suppress(Exception):
                 index = torch.cuda.current_device() if self._device.index is None else self._device.index
                 torch._C._cuda_endAllocateToPool(index, self._pool)
                 torch._C._cuda_releasePool(index, self._pool)
+            with suppress(Exception):
+                number = torch.zeros(1, device=self._device)
+                whole = torch.cuda.CUDAGraph()
+                whole.capture_begin(capture_error_mode="thread_local")
+                number.add_(1)
+                whole.capture_end()
             raise
 
 

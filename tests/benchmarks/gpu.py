@@ -37,7 +37,7 @@ from mathverify.config import (
     RunConfig,
     TrainConfig,
 )
-from mathverify.engine.budget import plan_budget
+from mathverify.engine.budget import Lengths, plan_budget
 from mathverify.engine.evaluate import score
 from mathverify.engine.generate import generate_verdicts
 from mathverify.engine.model import PackedModel
@@ -130,8 +130,7 @@ def config(batch: int, accumulation: int, seed: int = 0, **train: Any) -> RunCon
 def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps: int, warm: int = 3) -> Row:
     """A pack of these configs: seconds a round, real tokens a second, peak memory, and what the planner said of it."""
     clean()
-    longest = int(rows.lengths.max())
-    plan = plan_budget(model, configs, longest)
+    plan = plan_budget(model, configs, Lengths.of(rows.lengths))
     print("   ", plan.text, flush=True)
     clean()
     pack = Pack(model, TokenBudget(plan.tokens))
@@ -146,8 +145,9 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         if step >= warm:
             times.append(time.perf_counter() - start)
             tokens += done
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    predicted = plan.fixed_bytes + largest * plan.token_bytes
+    held, passes = (0, {}) if pack.replays is None else (pack.replays.held, dict(pack.replays.did))
+    peak = torch.cuda.max_memory_allocated() + graph_bytes() if torch.cuda.is_available() else 0
+    predicted = plan.fixed_bytes + (max(largest, held) + held) * plan.token_bytes
     del pack
     return {
         "step_s": sum(times) / steps,
@@ -155,7 +155,13 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         "peak_gib": peak / GIB,
         "planned_gib": predicted / GIB,
         "planned_over_measured": predicted / peak if peak else 0.0,
+        **{f"passes_{what}": count for what, count in passes.items()},
     }
+
+
+def graph_bytes() -> int:
+    """What recorded passes hold on the device, which does not count as allocated between them."""
+    return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0))
 
 
 def evaluation(model: PackedModel, rows: Workload, budget: int = 32768) -> Row:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mathverify.config import QuantizationKind, RunConfig
-from mathverify.engine.budget import plan_budget
+from mathverify.engine.budget import Lengths, plan_budget
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
@@ -45,7 +45,7 @@ PARTS = {"sixteen": SIXTEEN, "sixty-four": SIXTY_FOUR, "packs": PACKS}
 
 def new_pack(model: PackedModel, configs: list[RunConfig], rows: Workload, ranks: Ranks) -> Pack:
     clean()
-    plan = plan_budget(model, configs, int(rows.lengths.max()))
+    plan = plan_budget(model, configs, Lengths.of(rows.lengths), ranks.size)
     print(f"    process {place().rank}: {plan.text}", file=sys.stderr, flush=True)
     pack = Pack(model, TokenBudget(plan.tokens), ranks)
     for own in configs:
@@ -88,14 +88,9 @@ def one_run(
         "step_s": seconds / steps,
         "tokens_per_s": tokens / seconds,
         "peak_gib": peak,
-        "passes": did(pack),
+        "passes": {} if pack.replays is None else dict(pack.replays.did),
         "losses": [round(loss, 6) for loss in first + losses],
     }
-
-
-def did(pack: Pack) -> dict[str, int]:
-    """How many small passes of this process were launched, recorded and replayed."""
-    return {} if pack._kept is None else dict(pack._kept.replays.did)
 
 
 def two_packs(model: PackedModel, rows: Workload, steps: int, ranks: Ranks) -> Row:
