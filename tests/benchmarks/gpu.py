@@ -48,6 +48,11 @@ from mathverify.engine.trial import Trial
 
 VERDICTS: Any = SimpleNamespace(true_id=5, false_id=6)
 GIB = 2**30
+
+WARM, RECORDED = 8, 80
+"""Untimed steps: until torch's allocator has seen most sizes, which a run of hundreds of steps does not notice; and until
+most sizes of small passes have been recorded (engine/replay.py)."""
+
 Row = dict[str, float]
 
 
@@ -127,7 +132,7 @@ def config(batch: int, accumulation: int, seed: int = 0, **train: Any) -> RunCon
     )
 
 
-def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps: int, warm: int = 3) -> Row:
+def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps: int, warm: int = WARM) -> Row:
     """A pack of these configs: seconds a round, real tokens a second, peak memory, and what the planner said of it."""
     clean()
     plan = plan_budget(model, configs, Lengths.of(rows.lengths))
@@ -340,13 +345,14 @@ class Report:
         """Markdown: every row, then the ratios between them."""
         best_peer = max((r.get("tokens_per_s", 0.0) for n, r in self.rows.items() if n.startswith("peer ")), default=0)
         small = max((r.get("tokens_per_s", 0.0) for n, r in self.rows.items() if n.endswith(SMALL_STEPS)), default=0)
-        alone, pack = self.get(ALONE, "step_s"), self.get(PACK, "step_s")
+        pack, first, alone = (self.get(name, "tokens_per_s") for name in (PACK, ALONE_FIRST, ALONE))
         ratios = {
             "one run against the best peer of this run": _over(self.get(ONE, "tokens_per_s"), best_peer),
             "FP8 against the best peer of this run": _over(self.get(ONE_FP8, "tokens_per_s"), best_peer),
-            "8 trials in one pass against one after another (training only)": _over(8 * alone, pack),
-            "8 trials in one pass against the best peer's tokens/s": _over(self.get(PACK, "tokens_per_s"), best_peer),
-            "8 trials in one pass against Unsloth, one after another": _over(self.get(PACK, "tokens_per_s"), small),
+            "8 trials in one pass against one after another (training only), their first steps": _over(pack, first),
+            "8 trials in one pass against one after another (training only)": _over(pack, alone),
+            "8 trials in one pass against the best peer's tokens/s": _over(pack, best_peer),
+            "8 trials in one pass against Unsloth, one after another": _over(pack, small),
             "scoring against generate-and-parse, same rows": _over(
                 self.get(GENERATE, "seconds"), self.get(SCORE_SAME, "seconds")
             ),
@@ -382,7 +388,6 @@ def _over(above: float, below: float) -> float:
 ONE, ONE_BF16, ONE_FP8 = "one run, nf4", "one run, bf16", "one run, fp8"
 LEAN, ALONE, PACK = "one run, nf4, lean", "1 trial of batch 4", "8 trials of batch 4 in one pass"
 ALONE_FIRST = "1 trial of batch 4, its first steps"
-RECORDED = 80  # steps until most sizes of its passes have been recorded (engine/replay.py)
 PACK_FP8 = "8 trials of batch 4 in one pass, fp8"
 EVALUATE, EVALUATE_FP8 = "evaluation, nf4", "evaluation, fp8"
 GENERATE, SCORE_SAME = "generate-and-parse, 64 rows", "scoring the same 64 rows"
