@@ -97,7 +97,7 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengt
         """Tokens of the passes that so many bytes hold beside what is fixed."""
         return int((bytes_ * RESERVE - fixed) / per_token)
 
-    enough = max(longest, min(lengths.usual(segments), ENOUGH) if asked is None else asked)
+    enough = max(longest, min(lengths.usual(segments), ENOUGH if asked is None else asked))
     dense = model.dense_bytes()
     keeps = dense > 0 and not lean and fits(free - dense) >= enough
     if keeps:

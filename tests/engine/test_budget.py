@@ -165,6 +165,9 @@ def test_more_trials_need_more_and_a_budget_that_was_asked_for_is_taken(plan: Pl
     assert eight.tokens == 8 * one.tokens
     assert eight.fixed_bytes > one.fixed_bytes
     assert plan(step(token_budget=222), free=8 * GIB).tokens == 222
+    larger = plan(step(token_budget=10**9), free=8 * GIB)  # than any step
+    assert (larger.tokens, larger.text.split()[1]) == (10**9, one.text.split()[1])
+    assert "kept" in larger.text
 
 
 def test_a_budget_below_the_longest_row_says_what_becomes_of_it_and_is_planned_for(plan: Plan) -> None:

@@ -64,7 +64,7 @@ def test_a_sigterm_in_a_step_of_a_run_ends_within_20_seconds_with_a_checkpoint(t
     assert steps(place / "run") == [1, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sigterm_in_a_step_of_a_sweep_ends_within_20_seconds_with_a_checkpoint(tmp_path: Path) -> None:
     place = new(tmp_path)
     assert stop(SWEEP, place) < 20
@@ -79,7 +79,7 @@ def test_a_sigterm_in_a_step_of_a_sweep_ends_within_20_seconds_with_a_checkpoint
     assert steps(folder) == [1, 2, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sigterm_in_a_step_of_a_pack_ends_within_20_seconds_with_all_its_checkpoints(tmp_path: Path) -> None:
     place = new(tmp_path)
     assert stop(PACK, place, at_once=2) < 20

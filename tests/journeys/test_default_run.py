@@ -28,7 +28,7 @@ def test_the_default_run_verifies_from_a_base_at_chance(tmp_path: Path) -> None:
     assert metrics.zero_shot.accuracy.value == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rank_4_learns_visibly_less_in_the_same_steps(tmp_path: Path) -> None:
     metrics = default_run(tmp_path, "lora=r4")
     assert metrics.test is not None

@@ -137,7 +137,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_run_that_was_killed_continues_to_the_same_end(number: signal.Signals, train: Train, tmp_path: Path) -> None:
     length = ["train.max_steps=40", "train.checkpoint_every=5"]
     whole = train(*length, "train.threads=1", folder="whole")

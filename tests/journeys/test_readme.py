@@ -72,7 +72,7 @@ def made_small(command: str, place: Path) -> str:
         s for s in SMALL if s.partition("=")[0] not in chosen and not (s == "model=tiny" and "model.path" in chosen)
     ]
     if "train.max_examples" in chosen:
-        extra = [s for s in extra if not s.startswith("train.max_")]
+        extra = [s for s in extra if not s.startswith("train.max_")] + ["train.max_examples=64"]
     if "data" in chosen:
         extra = [s for s in extra if s != "data=arithmetic"]
     if "sweep" in command:

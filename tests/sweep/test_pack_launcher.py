@@ -748,7 +748,7 @@ def test_a_grid_that_is_stopped_before_it_trains_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_a_grid_that_was_cut_off_continues_to_the_same_ends(
     number: signal.Signals, alone: Callable[..., Path], tmp_path: Path, cache: Path
 ) -> None:
