@@ -102,8 +102,8 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
     possible = _possible(model, together)
     at_once = _at_once(model, possible)
     longest = 1 + max(int(store.lengths.max()) for store in rows.stores.values())  # with the verdict
-    tokens = Lengths.of(rows.stores["train"].lengths + 1, longest)
-    plan = plan_budget(model, possible[:at_once], tokens, place().size)
+    segments = Lengths.of(rows.stores["train"].lengths + 1, longest)
+    plan = plan_budget(model, possible[:at_once], segments, place().size)
     return Workbench(
         model=model,
         model_path=model_path(config.model),
@@ -113,7 +113,7 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
         stores=rows.stores,
         report=rows.report,
         data_fingerprint=rows.stores["train"].fingerprint,
-        budget=TokenBudget(plan.tokens),
+        budget=TokenBudget(plan.tokens, plan.held),
         plan=plan.text,
         at_once=at_once if at_once < len(possible) else len(together),
         base_scores=rows.base_scores.setdefault(repr((config.quantization, base.dtype, base.device)), {}),
@@ -184,6 +184,6 @@ def _at_once(model: PackedModel, configs: Sequence[RunConfig]) -> int:
     """How many of the configs, in their order, fit beside each other; at least one."""
     if model.device.type != "cuda":
         return len(configs)
-    free, _ = device_memory(model.device)
+    free, _ = device_memory(model)
     needed = np.cumsum([adapter_bytes(model, config) for config in configs])
     return max(1, int(np.searchsorted(needed, free * RESERVE * SHARE_FOR_ADAPTERS, side="right")))

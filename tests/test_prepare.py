@@ -10,6 +10,7 @@ import pytest
 
 from mathverify import prepare as prepared
 from mathverify.config import RunConfig
+from mathverify.engine.budget import BudgetPlan
 from mathverify.entry import compose
 from tests.journeys.conftest import SMALL
 
@@ -51,3 +52,28 @@ def test_rows_are_read_again_when_their_file_has_changed(tmp_path: Path, monkeyp
     pq.write_table(generate(280, 2, 2, 1).train.select(columns), file)
     second = prepared.prepare(config)
     assert second.data_fingerprint != first.data_fingerprint
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_is_planned_for_the_rows_that_are_trained_on_and_for_what_one_process_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """The longest row is the longest of all splits, and every segment has a verdict behind its prompt."""
+    seen: list[tuple[Any, ...]] = []
+
+    def plan(*arguments: Any) -> BudgetPlan:
+        seen.append(arguments)
+        return BudgetPlan(1234, "planned", held=56)
+
+    monkeypatch.setattr(prepared, "plan_budget", plan)
+    if processes > 1:
+        for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+    config, beside = (compose([*SMALL, f"data.cache_dir='{tmp_path}'", f"seed={seed}"]) for seed in (0, 1))
+    bench = prepared.prepare(config, beside=[beside])
+    ((model, configs, lengths, shared),) = seen
+    trained = bench.stores["train"].lengths
+    assert (model, configs, shared) == (bench.model, [config, beside], processes)
+    assert lengths.longest == 1 + max(store.lengths.max() for store in bench.stores.values())
+    assert (lengths.mean, lengths.spread) == (pytest.approx(trained.mean() + 1), pytest.approx(trained.std()))
+    assert (bench.budget.tokens, bench.budget.held, bench.plan) == (1234, 56, "planned")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from mathverify.config import LossKind, MemoryMode, OptimizerKind, RunConfig
+from mathverify.engine.frozen import scratch_held
 from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel
-from mathverify.engine.replay import MOST_TOKENS, most_held
+from mathverify.engine.replay import MOST_ADDED, is_small, most_held
 
 CPU_TOKENS = 4096
 """On a CPU memory is rarely what limits a pass: this many tokens keep the cores busy without leaving the cache."""
@@ -21,8 +23,9 @@ CPU_TOKENS = 4096
 MOST, MOST_LEAN = 65536, 3072
 """Tokens of the largest pass that is planned on a GPU: beyond these a pass gains no speed, and lean wants it small."""
 
-ENOUGH = 8192
-"""Tokens of a pass that keep a GPU busy: larger ones gain less than dense weights do."""
+PASS, DEQUANTISED = 37, 22
+"""Milliseconds of a pass beside those that go by its tokens, and of dequantising the base for it: an 8B model on an
+H100 (tests/benchmarks/NOTES.md). What counts is their ratio."""
 
 RESERVE = 0.92
 """Share of the free memory that is planned for; the rest is for the allocator's rounding."""
@@ -33,20 +36,21 @@ class BudgetPlan:
     """tokens: most tokens of a pass. text: the plan as a person reads it before the run.
 
     fixed_bytes, token_bytes: a pass of n tokens needs fixed_bytes + n token_bytes on the device, everything that was
-    there before included; 0 on a CPU. Recorded passes hold memory of their own beside it, token_bytes for each token of
-    the widest (replay.py).
+    there before included; 0 on a CPU. held: tokens of the widest recorded pass (replay.py) that there is room for
+    besides, at token_bytes each; 0 if none are planned.
     """
 
     tokens: int
     text: str
     fixed_bytes: int = 0
     token_bytes: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the segments that passes are made of. longest: of all. mean, spread: of those trained on, and their
-    standard deviation."""
+    """Tokens of the segments that passes are made of. longest: of any. mean, spread: of those trained on, the mean and
+    the standard deviation."""
 
     longest: int
     mean: float
@@ -54,12 +58,12 @@ class Lengths:
 
     @classmethod
     def of(cls, trained: NDArray[np.int32], longest: int = 0) -> Lengths:
-        """trained: tokens of rows that are trained on [n]. longest: of any other segment."""
+        """trained: tokens of the segments that are trained on [n], at least one. longest: of any other segment."""
         return cls(max(longest, int(trained.max())), float(trained.mean()), float(trained.std()))
 
     def usual(self, segments: int) -> int:
-        """Tokens that so many segments seldom exceed: three standard deviations above their mean."""
-        return min(segments * self.longest, int(segments * self.mean + 3 * segments**0.5 * self.spread))
+        """Tokens that so many segments seldom exceed: two standard deviations above their mean."""
+        return min(segments * self.longest, math.ceil(segments * self.mean + 2 * math.sqrt(segments) * self.spread))
 
 
 def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengths, processes: int = 1) -> BudgetPlan:
@@ -70,8 +74,9 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengt
         configs: of all of them, with the same `train.memory` and `train.token_budget`. lengths: of their segments; a
             pass is never planned smaller than the longest. processes: that share every step (torchrun).
 
-    On a GPU where passes stay large enough beside them, dense copies of the quantised weights are kept; and a lone run
-    whose steps are small leaves room for recorded passes.
+    On a GPU dense copies of the quantised weights are kept where that saves more than the smaller passes beside them
+    cost, for a usual step; and a lone run whose steps are small, with labels as its loss, leaves room for recorded
+    passes.
     """
     first, trials, longest = configs[0].train, len(configs), lengths.longest
     lean = first.memory is MemoryMode.lean
@@ -84,54 +89,75 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengt
             return BudgetPlan(asked, _as_asked(asked, longest))
         return BudgetPlan(max(CPU_TOKENS, longest), f"{max(CPU_TOKENS, longest):,} tokens a pass on the CPU")
 
-    segments = -(-max(config.train.examples_per_step for config in configs) * trials // processes)
-    step = segments * longest
+    segments = share_of_step(configs, processes) * trials
+    step, usual = segments * longest, lengths.usual(segments)
+    most = asked or (MOST_LEAN if lean else MOST)
     per_token = activation_bytes(model, configs)
     trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
     fixed = trials * (trained + copy_bytes(model, configs))
-    model.keep_dense(False)  # of the runs before
     torch.cuda.empty_cache()
-    free, total = device_memory(model.device)
+    free, total = device_memory(model)
 
-    def fits(bytes_: int) -> int:
+    def room(bytes_: int) -> int:
         """Tokens of the passes that so many bytes hold beside what is fixed."""
         return int((bytes_ * RESERVE - fixed) / per_token)
 
-    enough = max(longest, min(lengths.usual(segments), ENOUGH if asked is None else asked))
+    def needed_passes(tokens: int) -> int:
+        return math.ceil(usual / max(longest, min(tokens, most)))
+
     dense = model.dense_bytes()
-    keeps = dense > 0 and not lean and fits(free - dense) >= enough
+    beside = room(free - dense)
+    keeps = dense > 0 and not lean and beside >= max(longest, min(usual, asked or 0))
+    keeps = keeps and needed_passes(beside) * PASS <= needed_passes(room(free)) * (PASS + DEQUANTISED)
+    model.keep_dense(keeps)
     if keeps:
-        model.keep_dense(True)
         free -= dense
     else:
         fixed += scratch_bytes(model)
     held = 0
-    if trials == 1 and only_verdicts and model.replays and segments * lengths.mean <= MOST_TOKENS:
-        held = most_held(step)
-        held = held if fits(free) >= enough + held else 0
-    tokens = max(longest, min(fits(free) - held, step, MOST_LEAN if lean else MOST)) if asked is None else asked
+    small = trials == 1 and only_verdicts and is_small(math.ceil(segments * lengths.mean), asked or MOST)
+    if small and model.replays and room(free) >= max(longest, min(usual + MOST_ADDED, most)) + most_held(usual):
+        held = most_held(usual)
+    largest = step + MOST_ADDED if held else step
+    tokens = asked or max(longest, min(room(free) - held, largest, most))
     needed = total - free + fixed + (min(max(tokens, longest), step) + held) * per_token
     passes = f"{tokens:,} tokens a pass" if asked is None else _as_asked(asked, longest)
     more = ", dequantised weights kept" * keeps + ", small passes recorded" * (held > 0)
     text = f"needs {needed / 2**30:.1f} of {total / 2**30:.0f} GiB: {passes}{more}"
-    return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token)
+    return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token, held)
 
 
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes of a GPU that are free, those that torch's allocator holds and does not use among them, and all it has."""
-    free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+def share_of_step(configs: Sequence[RunConfig], processes: int) -> int:
+    """Most segments of a run's step that one of the processes computes."""
+    return math.ceil(max(config.train.examples_per_step for config in configs) / processes)
 
 
-def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int) -> bool:
+def device_memory(model: PackedModel) -> tuple[int, int]:
+    """Bytes of the model's GPU that can be had, and all it has: also those that torch's allocator holds without using
+    them (recorded passes' among them), and those of dense copies."""
+    free, total = torch.cuda.mem_get_info(model.device)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return free + unused + _dense_held(model), total
+
+
+def _dense_held(model: PackedModel) -> int:
+    return model.dense_bytes() if model.is_dense else 0
+
+
+def recorded_bytes() -> int:
+    """What recorded passes hold on GPUs, which between them does not count as allocated."""
+    return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0))
+
+
+def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int, planned: bool) -> bool:
     """Whether another `tokens` fit on the device beside passes of `passes` tokens; on a CPU they always do.
 
-    Without a reserve: plan_budget has left one, of which libraries have taken their share since.
+    planned: plan_budget has counted them. It has left a reserve, of which libraries have taken their share since.
     """
     if model.device.type != "cuda":
         return True
-    free, _ = device_memory(model.device)
-    return free >= (passes + tokens) * activation_bytes(model, [config])
+    free = device_memory(model)[0] - _dense_held(model)
+    return free * (1 if planned else RESERVE) >= (passes + tokens) * activation_bytes(model, [config])
 
 
 def _as_asked(tokens: int, longest: int) -> str:
@@ -160,10 +186,11 @@ def copy_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:
 
 def scratch_bytes(model: PackedModel) -> int:
     """Bytes of the buffer that quantised weights are made dense in where no dense copies are kept: the largest group of
-    linears with one input."""
+    linears with one input; without what it has already."""
     if model.fast is None or model.dense_bytes() == 0:
         return 0
-    return max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups) * model.base.dtype.itemsize
+    largest = max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups)
+    return max(0, largest * model.base.dtype.itemsize - scratch_held())
 
 
 def activation_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:

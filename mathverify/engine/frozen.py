@@ -130,7 +130,9 @@ class FrozenGroup:
         if self._dense is not None:
             return self._dense
         scratch = _scratch(self.out_features * self.in_features, dtype, self.linears[0].original.weight.device)
-        whole = scratch.view(self.out_features, self.in_features)
+        return self._written(scratch.view(self.out_features, self.in_features))
+
+    def _written(self, whole: Tensor) -> Tensor:
         for own, one in zip(whole.split(self.outs), self.linears, strict=True):
             one.write_dense(own)
         return whole
@@ -144,7 +146,8 @@ class FrozenGroup:
             for one in self.linears:
                 one.kept = None
         elif self._dense is None:
-            self._dense = self.dense(dtype).clone()
+            device = self.linears[0].original.weight.device
+            self._dense = self._written(torch.empty(self.out_features, self.in_features, dtype=dtype, device=device))
             for own, one in zip(self._split(), self.linears, strict=True):
                 one.kept = own
 
@@ -176,6 +179,16 @@ def _scratch(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if found is None or found.numel() < numbers:
         found = _scratches[(dtype, device)] = torch.empty(numbers, dtype=dtype, device=device)
     return found[:numbers]
+
+
+def scratch_held() -> int:
+    """Bytes of the buffers that weights have been made dense in so far."""
+    return sum(scratch.numel() * scratch.element_size() for scratch in _scratches.values())
+
+
+def drop_scratch() -> None:
+    """Let go of these buffers until a weight is made dense again."""
+    _scratches.clear()
 
 
 def _dense_weight(module: nn.Linear) -> Callable[[torch.dtype], Tensor] | None:

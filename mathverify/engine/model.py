@@ -17,7 +17,7 @@ from mathverify.base import Base
 from mathverify.config import QuantizationKind
 from mathverify.engine.attention import ATTENTION, register
 from mathverify.engine.decoder import Decoder, PassAdapters, is_supported
-from mathverify.engine.frozen import FrozenLinear
+from mathverify.engine.frozen import FrozenLinear, drop_scratch
 from mathverify.engine.layout import PassLayout
 from mathverify.engine.lora import Adapter, AdapterHost
 from mathverify.engine.products import Weights, weights_of
@@ -182,6 +182,8 @@ class PackedModel:
             group.frozen.keep_dense(wanted, self.base.dtype)
         for packed in self.host.linears.values():
             packed.frozen.keep_dense(wanted, self.base.dtype)
+        if wanted:
+            drop_scratch()
 
     def lend_head(self, wanted: bool) -> None:
         """Move the output layer to the host's memory, of which verdicts read two rows, or back to the device.

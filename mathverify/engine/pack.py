@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mathverify.config import LossKind
-from mathverify.engine.budget import has_room_beside
+from mathverify.engine.budget import has_room_beside, share_of_step
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.lora import Adapter
 from mathverify.engine.model import PackedModel, Ready
-from mathverify.engine.passes import TokenBudget, cut, is_out_of_memory
+from mathverify.engine.passes import TokenBudget, cut
 from mathverify.engine.ranks import Ranks, Step
-from mathverify.engine.replay import MOST_ADDED, MOST_TOKENS, Replays
+from mathverify.engine.replay import Replays, is_small
 from mathverify.engine.trial import StepReport, Trial, TrialState
 
 
@@ -38,6 +39,8 @@ class Pack:
         self.trials: list[Trial] = []
         self.shares: dict[Trial, float] = {}
         self._kept: _Kept | None = None
+        own = weakref.ref(self)  # the budget outlives the pack, whose memory the next one wants
+        budget.spare = lambda: (pack := own()) is not None and pack._let_go_of_recorded()
 
     def add(self, trial: Trial) -> None:
         """A trial joins from the next round on."""
@@ -94,15 +97,6 @@ class Pack:
 
     def _passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
         """Forward and backward of a whole round: gradients into the adapters, summed weighted losses by slot."""
-        try:
-            return self._try_passes(trials, segments)
-        except RuntimeError as error:
-            # What was recorded holds memory that passes can do without.
-            if not is_out_of_memory(error) or self._kept is None or not self._kept.replays.make_room():
-                raise
-        return self._try_passes(trials, segments)
-
-    def _try_passes(self, trials: Sequence[Trial], segments: Sequence[Segment]) -> list[float]:
         for trial in trials:
             trial.adapter.grad.zero_()
         totals = torch.zeros(len(trials), device=self.model.device)
@@ -124,13 +118,16 @@ class Pack:
             self._kept = kept
         return kept
 
+    def _let_go_of_recorded(self) -> bool:
+        return self._kept is not None and self._kept.replays.make_room()
+
     def _room(self, trial: Trial) -> Callable[[int], bool]:
         """Whether there is memory for a recorded pass of a trial beside the largest that is not."""
         model, budget, processes = self.model, self.budget, self.ranks.size  # not the pack, which holds what is kept
 
         def has_room(tokens: int) -> bool:
-            largest = int(trial.store.lengths.max()) * -(-trial.config.train.examples_per_step // processes)
-            return has_room_beside(model, trial.config, min(budget.tokens, largest), tokens)
+            largest = int(trial.store.lengths.max()) * share_of_step([trial.config], processes)
+            return has_room_beside(model, trial.config, min(budget.tokens, largest), tokens, tokens <= budget.held)
 
         return has_room
 
@@ -163,7 +160,7 @@ class Pack:
 
     def _replays(self, trials: Sequence[Trial], kind: LossKind, segments: Sequence[Segment]) -> bool:
         """Whether a pass is of the kind that is rounded up and recorded."""
-        small = sum(len(segment) for segment in segments) <= min(MOST_TOKENS, self.budget.tokens - MOST_ADDED)
+        small = is_small(sum(len(segment) for segment in segments), self.budget.tokens)
         return small and len(trials) == 1 and kind is LossKind.label and self.model.replays
 
     def _losses(self, trial: Trial, kind: LossKind, layout: PassLayout) -> Tensor:

@@ -14,10 +14,15 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """Most tokens of one pass. A real out-of-memory halves it; it never grows again in the same process."""
+    """Most tokens of one pass. A real out-of-memory halves it; it never grows again in the same process.
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    held: tokens of the widest recorded pass that memory was planned for, beside passes of `tokens` (see budget.py).
+    spare: called when memory runs out: lets go of what passes can do without, and tells whether there was anything.
+    """
+
+    def __init__(self, tokens: int, held: int = 0) -> None:
+        self.tokens, self.held = tokens, held
+        self.spare: Callable[[], bool] = lambda: False
 
     def until_it_fits(self, lengths: Sequence[int], work: Callable[[], Result]) -> Result:
         """Call `work`, which cuts its passes by this budget, again with half the tokens while memory runs out.
@@ -35,7 +40,11 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
             # Behind the handler: the error's traceback holds on to the tensors of the pass that did not fit.
-            self._halve(max(lengths), sum(lengths))
+            if not self.spare():
+                self._halve(max(lengths), sum(lengths))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _halve(self, longest: int, total: int) -> None:
         if min(self.tokens, total) <= longest:
@@ -44,9 +53,6 @@ class TokenBudget:
                 "use train.memory=lean, a smaller prompt.max_length, quantization=nf4 or fewer trials at once"
             )
         self.tokens = max(longest, min(self.tokens, total) // 2)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

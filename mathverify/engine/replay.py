@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,12 +61,18 @@ _cannot: set[torch.device] = set()
 """Devices on which recording failed, and not for memory: it would fail again for every run of this process."""
 
 
+def is_small(tokens: int, budget: int) -> bool:
+    """Whether a pass of so many tokens is rounded up and recorded, where passes may have up to `budget`."""
+    return tokens <= min(MOST_TOKENS, budget - MOST_ADDED)
+
+
 def most_held(tokens: int) -> int:
-    """Most tokens of a pass that is recorded, if passes have up to `tokens`."""
+    """Tokens of the widest pass that is recorded, if small ones have up to `tokens`."""
     return _with_room(min(tokens, MOST_TOKENS) + MOST_ADDED)
 
 
 def _with_room(tokens: int) -> int:
+    """Tokens of the pass that memory is laid out for when one of so many is recorded: ROOM more, a multiple of 128."""
     return -(-tokens * round(100 * (1 + ROOM)) // (100 * 128)) * 128
 
 
@@ -87,8 +94,9 @@ class Replays:
     """The recorded passes of one adapter, by size.
 
     recorder: makes what records; all that one of them made shares memory. has_room: whether there is memory for a pass
-    of so many tokens beside those that are not recorded. Without room, or when recording fails, nothing is recorded
-    from then on: passes are launched one by one. did: how many passes were launched, recorded and replayed.
+    of so many tokens beside those that are not recorded, if what is recorded were let go of. Sizes without room are
+    launched one by one, and everything is when recording fails. did: how many passes were launched, recorded and
+    replayed.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Replays:
         self._seen: Counter[tuple[int, int]] = Counter()
         self._recorded: dict[tuple[int, int], tuple[PassLayout, Work]] = {}
         self._widest: _Widest | None = None
+        self._no_room = sys.maxsize  # tokens of the narrowest pass that there was none for
         self._given_up = device in _cannot
         self.did: Counter[str] = Counter()
 
@@ -132,10 +141,11 @@ class Replays:
     def _keep(self, size: tuple[int, int], layout: PassLayout, work: PassWork) -> None:
         try:
             if self._widest is None or size[0] > self._widest.tokens:
-                self._let_go()
-                if not self._has_room(_with_room(layout.tokens)):
-                    self._given_up = True
+                wanted = _with_room(layout.tokens)
+                if wanted >= self._no_room or not self._has_room(wanted):
+                    self._no_room = min(wanted, self._no_room)
                     return
+                self._let_go()
                 self._widest = _Widest.of(layout, work, self._recorder(self._device))
             self._recorded[size] = layout, self._widest.record(lambda: work(layout))
             self.did["recorded"] += 1

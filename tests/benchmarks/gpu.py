@@ -37,7 +37,7 @@ from mathverify.config import (
     RunConfig,
     TrainConfig,
 )
-from mathverify.engine.budget import Lengths, plan_budget
+from mathverify.engine.budget import Lengths, plan_budget, recorded_bytes
 from mathverify.engine.evaluate import score
 from mathverify.engine.generate import generate_verdicts
 from mathverify.engine.model import PackedModel
@@ -138,7 +138,7 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
     plan = plan_budget(model, configs, Lengths.of(rows.lengths))
     print("   ", plan.text, flush=True)
     clean()
-    pack = Pack(model, TokenBudget(plan.tokens))
+    pack = Pack(model, TokenBudget(plan.tokens, plan.held))
     for own in configs:
         pack.add(Trial.start(own, rows, VERDICTS, model))  # type: ignore[arg-type]
     times, tokens, largest = [], 0, 0
@@ -151,7 +151,7 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
             times.append(time.perf_counter() - start)
             tokens += done
     held, passes = (0, {}) if pack.replays is None else (pack.replays.held, dict(pack.replays.did))
-    peak = torch.cuda.max_memory_allocated() + graph_bytes() if torch.cuda.is_available() else 0
+    peak = torch.cuda.max_memory_allocated() + recorded_bytes() if torch.cuda.is_available() else 0
     predicted = plan.fixed_bytes + (max(largest, held) + held) * plan.token_bytes
     del pack
     return {
@@ -162,11 +162,6 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         "planned_over_measured": predicted / peak if peak else 0.0,
         **{f"passes_{what}": count for what, count in passes.items()},
     }
-
-
-def graph_bytes() -> int:
-    """What recorded passes hold on the device, which does not count as allocated between them."""
-    return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0))
 
 
 def evaluation(model: PackedModel, rows: Workload, budget: int = 32768) -> Row:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mathverify.config import QuantizationKind, RunConfig
-from mathverify.engine.budget import Lengths, plan_budget
+from mathverify.engine.budget import Lengths, plan_budget, recorded_bytes
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
@@ -47,7 +47,7 @@ def new_pack(model: PackedModel, configs: list[RunConfig], rows: Workload, ranks
     clean()
     plan = plan_budget(model, configs, Lengths.of(rows.lengths), ranks.size)
     print(f"    process {place().rank}: {plan.text}", file=sys.stderr, flush=True)
-    pack = Pack(model, TokenBudget(plan.tokens), ranks)
+    pack = Pack(model, TokenBudget(plan.tokens, plan.held), ranks)
     for own in configs:
         pack.add(Trial.start(own, rows, VERDICTS, model))  # type: ignore[arg-type]
     return pack
@@ -83,7 +83,7 @@ def one_run(
     pack = new_pack(model, [own], rows, ranks)
     _, first = take(pack, warm)
     seconds, (tokens, losses) = timed(lambda: take(pack, steps), ranks)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    peak = (torch.cuda.max_memory_allocated() + recorded_bytes()) / 2**30 if torch.cuda.is_available() else 0.0
     return {
         "step_s": seconds / steps,
         "tokens_per_s": tokens / seconds,

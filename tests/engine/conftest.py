@@ -13,9 +13,11 @@ import torch
 
 from mathverify.base import Base
 from mathverify.config import LoraConfig, OptimizerConfig, RunConfig, TrainConfig
+from mathverify.engine import replay
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
+from mathverify.engine.replay import Work
 from mathverify.engine.trial import Trial
 
 VERDICTS = SimpleNamespace(true_id=5, false_id=6)
@@ -109,6 +111,25 @@ def train(model: PackedModel, rows: Rows, configs: Sequence[RunConfig], budget: 
             curves[trial].append(report.loss)
     train.trials = trials  # type: ignore[attr-defined]
     return [curves[trial] for trial in trials]
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Passes are recorded on the CPU too: what was recorded is called again. Returns what happened."""
+    happened: list[str] = []
+
+    def record(work: Work) -> Work:
+        happened.append("recorded")
+
+        def again() -> torch.Tensor:
+            happened.append("replayed")
+            return work()
+
+        return again
+
+    monkeypatch.setattr(PackedModel, "replays", True)
+    monkeypatch.setattr(replay, "Recorder", lambda device: record)
+    return happened
 
 
 @pytest.fixture

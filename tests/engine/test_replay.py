@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from mathverify.base import Base
 from mathverify.config import RunConfig
 from mathverify.engine import replay
+from mathverify.engine.evaluate import score
 from mathverify.engine.layout import PassLayout, Segment
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack, _Kept
 from mathverify.engine.passes import TokenBudget
+from mathverify.engine.ranks import Ranks
 from mathverify.engine.replay import Replays, Work, rounded
 from mathverify.engine.trial import Trial
 
@@ -43,25 +46,6 @@ def launched(
     pack.add(trial)
     losses = [report.loss for _ in range(config.train.steps) for _, report in pack.step()]
     return losses, trial.adapter.flat.clone()
-
-
-@pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Passes are recorded on the CPU too: what was recorded is called again. Returns what happened."""
-    happened: list[str] = []
-
-    def record(work: Work) -> Work:
-        happened.append("recorded")
-
-        def again() -> torch.Tensor:
-            happened.append("replayed")
-            return work()
-
-        return again
-
-    monkeypatch.setattr(PackedModel, "replays", True)
-    monkeypatch.setattr(replay, "Recorder", lambda device: record)
-    return happened
 
 
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=40))
@@ -209,6 +193,78 @@ def test_recording_that_fails_is_given_up_and_told_once(
     assert len(tries) == (2 if isinstance(error, torch.OutOfMemoryError) else 1)
 
 
+@pytest.mark.parametrize("where", ["step", "validation"])
+def test_out_of_memory_lets_go_of_what_was_recorded_before_passes_become_smaller(
+    model: PackedModel, rows: Rows, config: Config, recording: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    own = config(max_steps=20)
+    expected, adapter = launched(model, rows, own)
+    recording.clear()
+    pack = Pack(model, TokenBudget(1000))
+    trial = Trial.start(own, rows, VERDICTS, model)  # type: ignore[arg-type]
+    pack.add(trial)
+    losses = [report.loss for _ in range(16) for _, report in pack.step()]
+    assert "replayed" in recording
+    real = PackedModel.scores
+    failed: list[bool] = []
+
+    def crowded(self: PackedModel, *arguments: Any) -> torch.Tensor:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("injected")
+        return real(self, *arguments)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(PackedModel, "scores", crowded)
+        if where == "validation":
+            score(model, [trial.adapter], rows, VERDICTS, pack.budget)  # type: ignore[arg-type]
+        recording.clear()
+        losses += [report.loss for _ in range(4) for _, report in pack.step()]
+    assert failed and recording in ([], ["replayed"])  # what was tried when memory ran out, if that was a replay
+    assert pack.replays is not None and pack.replays.held == 0
+    assert pack.budget.tokens == 1000
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert float((trial.adapter.flat - adapter).norm() / adapter.norm()) < 1e-4
+    # Nothing is left to let go of: now passes become smaller.
+    failed.clear()
+    with monkeypatch.context() as changed:
+        changed.setattr(PackedModel, "scores", crowded)
+        score(model, [trial.adapter], rows, VERDICTS, pack.budget)  # type: ignore[arg-type]
+    assert pack.budget.tokens < 1000
+
+
+def test_a_budget_does_not_hold_the_pack_that_it_was_for(model: PackedModel, rows: Rows, config: Config) -> None:
+    budget = TokenBudget(1000)
+    pack = weakref.ref(Pack(model, budget))
+    assert pack() is None
+    assert not budget.spare()
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_room_is_asked_for_beside_the_largest_pass_of_a_process(
+    model: PackedModel, rows: Rows, config: Config, recording: list[str], monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+) -> None:  # fmt: skip
+    asked: list[tuple[int, bool]] = []
+
+    def has_room(model: PackedModel, config: RunConfig, passes: int, tokens: int, planned: bool) -> bool:
+        asked.append((passes, planned))
+        return False
+
+    monkeypatch.setattr("mathverify.engine.pack.has_room_beside", has_room)
+    for budget, planned in ((TokenBudget(10**6, 10**6), True), (TokenBudget(300), False)):
+        ranks = Ranks()
+        ranks.size = processes
+        pack = Pack(model, budget, ranks)
+        pack.add(Trial.start(config(max_steps=8), rows, VERDICTS, model))  # type: ignore[arg-type]
+        while pack.running:
+            pack.step()
+        whole = -(-6 // processes) * int(rows.lengths.max())
+        assert set(asked) == {(min(budget.tokens, whole), planned)}
+        asked.clear()
+    assert "recorded" not in recording
+
+
 def test_nothing_is_recorded_or_said_where_there_is_no_room(caplog: pytest.LogCaptureFixture) -> None:
     asked: list[int] = []
 
@@ -219,10 +275,25 @@ def test_nothing_is_recorded_or_said_where_there_is_no_room(caplog: pytest.LogCa
     replays = Replays(CPU, has_room, lambda device: pytest.fail("recorded"))
     for _ in range(5):
         replays.losses(segments([300, 400]), lambda layout: layout.weights)
-    assert asked == [896]
+    assert asked == [896]  # once for what did not fit, and for what is larger
     assert not replays.make_room()
     assert not caplog.records
     assert replays.did == {"launched": 5}
+
+
+def test_a_size_without_room_leaves_what_was_recorded() -> None:
+    asked: list[int] = []
+
+    def has_room(tokens: int) -> bool:
+        asked.append(tokens)
+        return tokens <= 1000
+
+    replays = Replays(CPU, has_room, lambda device: lambda work: work)
+    for length in (300, 300, 900, 900, 900, 300, 350, 350, 1200, 1200):
+        replays.losses(segments([length, 200]), lambda layout: layout.weights)
+    assert asked == [640, 1536]
+    assert replays.held == 640
+    assert replays.did == {"launched": 9, "recorded": 2, "replayed": 1}
 
 
 def test_recorded_passes_see_what_a_half_precision_adapter_has_become(
