@@ -142,7 +142,10 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
     for own in configs:
         pack.add(Trial.start(own, rows, VERDICTS, model))  # type: ignore[arg-type]
     times, tokens, largest = [], 0, 0
+    before: dict[str, int] = {}
     for step in range(warm + steps):
+        if step == warm and pack.replays is not None:
+            before = dict(pack.replays.did)
         start = time.perf_counter()
         done = sum(report.tokens for _, report in pack.step())
         synchronize()
@@ -160,7 +163,7 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         "peak_gib": peak / GIB,
         "planned_gib": predicted / GIB,
         "planned_over_measured": predicted / peak if peak else 0.0,
-        **{f"passes_{what}": count for what, count in passes.items()},
+        **{f"passes_{what}": count - before.get(what, 0) for what, count in passes.items()},
     }
 
 

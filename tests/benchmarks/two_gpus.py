@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,15 +83,21 @@ def one_run(
     """A run that all processes share."""
     pack = new_pack(model, [own], rows, ranks)
     _, first = take(pack, warm)
+    before = did(pack)
     seconds, (tokens, losses) = timed(lambda: take(pack, steps), ranks)
     peak = (torch.cuda.max_memory_allocated() + recorded_bytes()) / 2**30 if torch.cuda.is_available() else 0.0
     return {
         "step_s": seconds / steps,
         "tokens_per_s": tokens / seconds,
         "peak_gib": peak,
-        "passes": {} if pack.replays is None else dict(pack.replays.did),
+        "passes": {what: count - before[what] for what, count in did(pack).items()},
         "losses": [round(loss, 6) for loss in first + losses],
     }
+
+
+def did(pack: Pack) -> Counter[str]:
+    """How many small passes this process has launched, recorded and replayed so far."""
+    return Counter() if pack.replays is None else Counter(pack.replays.did)
 
 
 def two_packs(model: PackedModel, rows: Workload, steps: int, ranks: Ranks) -> Row:
