@@ -120,6 +120,7 @@ def _determinism() -> Iterator[tuple[str, str, str]]:
             yield what, "not measured", command
             continue
         largest = found["largest_difference"]
+        command = f"`{' '.join([command.strip('`'), *found['overrides']])}`"
         yield (
             what,
             f"metrics {'identical' if found['metrics_equal'] else 'not identical'}, weights "
