@@ -143,6 +143,7 @@ class Joined(Ranks):
 
     def __init__(self, here: Place) -> None:
         import torch.distributed as dist
+        import torch.distributed.nn  # noqa: F401 - imported later, its functions would hold the group as their default
 
         super().__init__()
         self.rank, self.size = here.rank, here.size
@@ -151,7 +152,7 @@ class Joined(Ranks):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may lead nowhere
         with self._explaining():
             dist.init_process_group("gloo", timeout=BETWEEN_WORDS)
-            self._sums = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._sums: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._tensors = self._sums
 
     def use(self, device: str) -> None:
@@ -250,6 +251,9 @@ class Joined(Ranks):
 
         if not self._broken:
             self.tell(None)
+            # Nobody else may hold a group: its threads end with it, and one that lives when the interpreter ends, with
+            # a tensor of the last sum, can end the process with SIGABRT.
+            self._sums = self._tensors = None
             dist.destroy_process_group()
 
     @contextmanager

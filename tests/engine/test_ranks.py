@@ -118,3 +118,9 @@ def test_an_error_elsewhere_is_told_where_the_run_is_led(two: Found) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_process_is_known_to_the_leader_after_the_next_sum(two: Found) -> None:
     assert two["stop"] == [False, True]
+
+
+@pytest.mark.slow
+def test_who_has_left_leaves_no_threads(two: Found) -> None:
+    """One that is there when the interpreter ends can end the process with SIGABRT."""
+    assert two["threads left"] == []

@@ -176,6 +176,7 @@ def test_a_real_sweep_is_one_group_of_trials_and_their_study(server: LoopbackWan
     runs = [server.run(run_id) for run_id in server.run_ids]
     assert {run["groupName"] for run in runs} == {"rank_grid"}
     trials_runs = [run for run in runs if run["jobType"] == "train"]
+    trials_runs.sort(key=lambda run: int(run["config"]["trial"]))  # the server may hear of one later than of the next
     assert [run["config"]["trial"] for run in trials_runs] == [0, 1, 2]
     assert sorted(run["config"]["seed"] for run in trials_runs) == [1, 2, 3]
     assert [run["displayName"] for run in trials_runs] == [f"r4-a4-b4 #{number}" for number in range(3)]
