@@ -63,7 +63,7 @@ class PackScreen(Screen):
             self._shown_data.add(bench.data_fingerprint)
             self.words.print(bench.report.render())
         base = f"{config.model.name} on {bench.model.device}, {config.quantization.kind.value} quantization"
-        self.say(f"base: {base}; {bench.plan}")
+        self.say(f"base: {base}; {bench.budget.text}")
         self.say(f"together on it: {_runs(numbers)}")
 
     def opened(self, run: Run, number: int) -> None:

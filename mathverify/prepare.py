@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mathverify.base import load_base, load_tokenizer, model_path, resolve_device
 from mathverify.config import DataConfig, LossKind, RunConfig
-from mathverify.engine.budget import RESERVE, Lengths, adapter_bytes, device_memory, plan_budget
+from mathverify.engine.budget import RESERVE, Lengths, adapter_bytes, device_memory, needs, plan_budget
 from mathverify.engine.kernels import use_liger
 from mathverify.engine.lora import targets
 from mathverify.engine.model import PackedModel, adopt
@@ -47,8 +47,9 @@ SHARE_FOR_ADAPTERS = 0.5
 class Workbench:
     """Everything that runs with the same model, quantization, prompt and data have in common.
 
-    data_fingerprint: of the rows, prompt and tokenizer that training sees. at_once: how many of the runs it was
-    prepared for fit beside each other. base_scores: by split, what the bare base says; filled when first asked for.
+    data_fingerprint: of the rows, prompt and tokenizer that training sees. segments: their tokens, verdicts included.
+    at_once: how many of the runs it was prepared for fit beside each other. planned: those that the budget is planned
+    for (see `plan_again`). base_scores: by split, what the bare base says; filled when first asked for.
     """
 
     model: PackedModel
@@ -60,8 +61,9 @@ class Workbench:
     report: DataReport
     data_fingerprint: str
     budget: TokenBudget
-    plan: str
+    segments: Lengths
     at_once: int = 1
+    planned: list[RunConfig] = field(default_factory=list)
     base_scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -113,11 +115,25 @@ def prepare(config: RunConfig, progress: Progress = silent, beside: Sequence[Run
         stores=rows.stores,
         report=rows.report,
         data_fingerprint=rows.stores["train"].fingerprint,
-        budget=TokenBudget(plan.tokens, plan.held),
-        plan=plan.text,
+        budget=TokenBudget(plan.tokens, plan.held, plan.text),
+        segments=segments,
+        planned=possible[:at_once],
         at_once=at_once if at_once < len(possible) else len(together),
         base_scores=rows.base_scores.setdefault(repr((config.quantization, base.dtype, base.device)), {}),
     )
+
+
+def plan_again(bench: Workbench, config: RunConfig) -> None:
+    """Plan for a run that comes when the others have ended, if it is unlike those that it was planned for.
+
+    Raises:
+        UserError: the config's targets.
+    """
+    if needs(config) in map(needs, bench.planned):
+        return
+    plan = plan_budget(bench.model, [config], bench.segments, place().size)
+    bench.budget.renew(plan.tokens, plan.held, plan.text)
+    bench.planned[:] = [config]
 
 
 def _refuse_small_vocabulary(

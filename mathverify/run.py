@@ -132,7 +132,7 @@ def _open_locked(config: RunConfig, folder: Path, bench: Workbench, judge: Judge
     record.device = device_name(bench.model.device)
     record.test_fingerprint = rows_fingerprint(bench.splits.test)
     record.notes["data"] = bench.report.to_plain()
-    record.notes["memory"] = bench.plan
+    record.notes["memory"] = bench.budget.text
     identity = f"{record.fingerprint}/{bench.data_fingerprint}/{bench.model.base.fingerprint}"
     # Before anything is written: a checkpoint of other data or another base is refused, and its record stands.
     try:

@@ -58,7 +58,7 @@ class RunScreen(Screen):
         """The data report, and what the run will need."""
         self.console.print(bench.report.render())
         base = f"{self.config.model.name} on {bench.model.device}, {self.config.quantization.kind.value} quantization"
-        self._say(f"base: {base}; {bench.plan}")
+        self._say(f"base: {base}; {bench.budget.text}")
         if (size := place().size) > 1:
             self._say(f"{size} processes share each step and each evaluation")
         self._say(f"run:  {self.config.name}, {self.config.train.steps} steps, in {self.folder}")

@@ -76,4 +76,4 @@ def test_memory_is_planned_for_the_rows_that_are_trained_on_and_for_what_one_pro
     assert (model, configs, shared) == (bench.model, [config, beside], processes)
     assert lengths.longest == 1 + max(store.lengths.max() for store in bench.stores.values())
     assert (lengths.mean, lengths.spread) == (pytest.approx(trained.mean() + 1), pytest.approx(trained.std()))
-    assert (bench.budget.tokens, bench.budget.held, bench.plan) == (1234, 56, "planned")
+    assert (bench.budget.tokens, bench.budget.held, bench.budget.text) == (1234, 56, "planned")

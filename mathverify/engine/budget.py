@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mathverify.config import LossKind, MemoryMode, OptimizerKind, RunConfig
 from mathverify.engine.frozen import scratch_held
 from mathverify.engine.lora import targets
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import LOGIT_ROWS, PackedModel
 from mathverify.engine.replay import MOST_ADDED, is_small, most_held
 
 CPU_TOKENS = 4096
@@ -67,8 +67,9 @@ class Lengths:
 
 
 def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengths, processes: int = 1) -> BudgetPlan:
-    """Choose the token budget of runs that train together; each is taken to need what the largest of them does, and
-    copies padded to what all of them have.
+    """Choose the token budget of runs that train together, and set the model up for it (dense copies, recomputed
+    activations, the place of its head). Each run is taken to need what the largest of them does, and copies padded to
+    what all of them have.
 
     Args:
         configs: of all of them, with the same `train.memory` and `train.token_budget`. lengths: of their segments; a
@@ -94,7 +95,7 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengt
     most = asked or (MOST_LEAN if lean else MOST)
     per_token = activation_bytes(model, configs)
     trained = max(adapter_bytes(model, config) - copy_bytes(model, [config]) for config in configs)
-    fixed = trials * (trained + copy_bytes(model, configs))
+    fixed = trials * (trained + copy_bytes(model, configs)) + (0 if only_verdicts else logit_bytes(model))
     torch.cuda.empty_cache()
     free, total = device_memory(model)
 
@@ -125,6 +126,13 @@ def plan_budget(model: PackedModel, configs: Sequence[RunConfig], lengths: Lengt
     more = ", dequantised weights kept" * keeps + ", small passes recorded" * (held > 0)
     text = f"needs {needed / 2**30:.1f} of {total / 2**30:.0f} GiB: {passes}{more}"
     return BudgetPlan(tokens, text, torch.cuda.memory_allocated(model.device) + fixed, per_token, held)
+
+
+def needs(config: RunConfig) -> tuple[object, ...]:
+    """What a plan takes from a run beside what all runs on one base share: the same for runs that it fits alike."""
+    lora, run = config.lora, config.train
+    modules = tuple(sorted(lora.target_modules))
+    return lora.rank, modules, run.examples_per_step, run.loss, config.optimizer.kind, run.memory, run.token_budget
 
 
 def share_of_step(configs: Sequence[RunConfig], processes: int) -> int:
@@ -191,6 +199,12 @@ def scratch_bytes(model: PackedModel) -> int:
         return 0
     largest = max(g.frozen.in_features * g.frozen.out_features for g in model.fast.groups)
     return max(0, largest * model.base.dtype.itemsize - scratch_held())
+
+
+def logit_bytes(model: PackedModel) -> int:
+    """Bytes of the vocabulary-wide logits that a loss of every token works on at a time: as the head gives them, in
+    float32, their cross-entropy and its gradient."""
+    return LOGIT_ROWS * model.head.out_features * (model.base.dtype.itemsize + 12)
 
 
 def activation_bytes(model: PackedModel, configs: Sequence[RunConfig]) -> int:

@@ -1,8 +1,9 @@
 """The frozen linears of the base, whatever they are stored as: y = W x + b with gradients for x only.
 
-Quantised weights are made dense for each use, forward and backward. That is what bitsandbytes does for more than a few
-rows too; its own modules are not called, because after an evaluation pass on AVX512-BF16 CPUs they repack the weight
-and let later gradients go wrong without a word.
+Quantised weights are made dense for each use, forward and backward, unless dense copies are kept (`keep_dense`) or they
+are FP8, which is multiplied as it is. bitsandbytes makes them dense for more than a few rows too; its modules are not
+called, because after an evaluation pass on AVX512-BF16 CPUs they repack the weight and let later gradients go wrong
+without a word.
 """
 
 from __future__ import annotations

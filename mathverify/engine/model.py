@@ -23,7 +23,7 @@ from mathverify.engine.lora import Adapter, AdapterHost
 from mathverify.engine.products import Weights, weights_of
 from mathverify.errors import UserError
 
-_LOGIT_ROWS = 1024
+LOGIT_ROWS = 1024
 """Positions whose vocabulary-wide logits are held at once (sequence loss only)."""
 
 
@@ -146,8 +146,8 @@ class PackedModel:
             torch.arange(len(layout.segments), device=self.device), torch.as_tensor(layout.lengths - 1).to(self.device)
         )
         losses = hidden.new_zeros(len(layout.segments), dtype=torch.float32)
-        for start in range(0, len(places), _LOGIT_ROWS):
-            part = slice(start, start + _LOGIT_ROWS)
+        for start in range(0, len(places), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
             # Recomputed in the backward pass: vocabulary-wide logits of a whole pass would not fit.
             values: Tensor = checkpoint(self._token_losses, hidden[places[part]], targets[part], use_reentrant=False)
             losses = losses.index_add(0, owner[part], values)

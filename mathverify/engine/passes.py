@@ -14,18 +14,25 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """Most tokens of one pass. A real out-of-memory halves it; it never grows again in the same process.
+    """Most tokens of one pass. A real out-of-memory halves it, if nothing else can be spared; for the same runs it
+    never grows again.
 
     held: tokens of the widest recorded pass that memory was planned for, beside passes of `tokens` (see budget.py).
-    spare: called when memory runs out: lets go of what passes can do without, and tells whether there was anything.
+    text: how it was planned, for a person. spare: called when memory runs out: lets go of what passes can do without,
+    and tells whether there was anything.
     """
 
-    def __init__(self, tokens: int, held: int = 0) -> None:
-        self.tokens, self.held = tokens, held
+    def __init__(self, tokens: int, held: int = 0, text: str = "") -> None:
         self.spare: Callable[[], bool] = lambda: False
+        self.renew(tokens, held, text)
+
+    def renew(self, tokens: int, held: int, text: str) -> None:
+        """Other runs come, for which it was planned anew."""
+        self.tokens, self.held, self.text = tokens, held, text
 
     def until_it_fits(self, lengths: Sequence[int], work: Callable[[], Result]) -> Result:
-        """Call `work`, which cuts its passes by this budget, again with half the tokens while memory runs out.
+        """Call `work`, which cuts its passes by this budget, again while memory runs out: first with what can be spared
+        let go of, then with half the tokens.
 
         Args:
             lengths: tokens of the segments at work; a pass cannot be smaller than the longest.
@@ -41,7 +48,7 @@ class TokenBudget:
                     raise
             # Behind the handler: the error's traceback holds on to the tensors of the pass that did not fit.
             if not self.spare():
-                self._halve(max(lengths), sum(lengths))
+                self._halve(max(lengths, default=0), sum(lengths))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

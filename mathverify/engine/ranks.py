@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -296,7 +296,8 @@ def leading(word: Any, device: str, came: Callable[[], bool]) -> Iterator[Ranks]
     except KeyboardInterrupt:
         raise  # at once: the others notice when this process ends
     except BaseException:
-        ranks.leave()
+        with suppress(RunFailed):  # that another one is gone too is not what this one has to say
+            ranks.leave()
         raise
     ranks.leave()
 

@@ -16,7 +16,7 @@ from mathverify.base import resolve_device
 from mathverify.entry import one_line
 from mathverify.errors import CannotWrite, Interrupted, NoRoom, RunFailed, without_frames
 from mathverify.pack_screen import PackScreen
-from mathverify.prepare import Workbench, prepare
+from mathverify.prepare import Workbench, plan_again, prepare
 from mathverify.progress import shown
 from mathverify.records import RunRecord, Status, read_record
 from mathverify.run import PackRunner, Run, interruptible, open_run
@@ -155,6 +155,8 @@ class Packs:
         """
         start = time.perf_counter()
         try:
+            if pack.places == 1 and ticket not in pack.crew:
+                self._plan_again(pack.bench, ticket)
             run = open_run(ticket.config, ticket.folder, pack.bench, ticket.judge)
             if run is None:
                 record = read_record(ticket.folder)
@@ -173,6 +175,13 @@ class Packs:
         self.screen.opened(run, ticket.number)
         pack.aboard[run] = ticket
         return run
+
+    def _plan_again(self, bench: Workbench, ticket: Ticket) -> None:
+        """A run that trains alone has a plan of its own."""
+        before = bench.budget.text
+        plan_again(bench, ticket.config)
+        if bench.budget.text != before:
+            self.screen.say(f"run {ticket.number} {bench.budget.text}")
 
     # The runner's questions
 

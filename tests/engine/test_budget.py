@@ -28,7 +28,7 @@ from mathverify.engine.budget import (
     has_room_beside,
     plan_budget,
 )
-from mathverify.engine.model import PackedModel
+from mathverify.engine.model import LOGIT_ROWS, PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
 from mathverify.engine.replay import MOST_ADDED, most_held
@@ -308,6 +308,13 @@ def test_a_budget_below_the_longest_row_says_what_becomes_of_it_and_is_planned_f
     small, fitting = (plan(step(token_budget=tokens), free=8 * GIB) for tokens in (1, 100))
     assert "1 tokens a pass, as asked; a longer row, up to 100, is a pass of its own" in small.text
     assert small.text.split(":")[0] == fitting.text.split(":")[0]  # needs as much
+
+
+def test_a_loss_of_every_token_is_planned_with_its_logits(plan: Plan, base: PackedModel) -> None:
+    labels, tokens = (plan(step(loss=loss), free=8 * GIB) for loss in (LossKind.label, LossKind.sequence))
+    numbers = LOGIT_ROWS * base.head.out_features
+    assert tokens.fixed_bytes - labels.fixed_bytes == numbers * (4 + 4 + 4 + 4)
+    assert plan([step(), step(loss=LossKind.sequence)], free=8 * GIB).fixed_bytes > 2 * labels.fixed_bytes
 
 
 def test_every_run_is_planned_as_large_as_the_largest_in_each_respect(plan: Plan) -> None:

@@ -207,6 +207,14 @@ def test_a_segment_that_cannot_fit_is_said_in_one_line(
         train(model, rows, [config()])
 
 
+def test_a_process_without_segments_says_in_one_line_that_memory_ran_out() -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with pytest.raises(UserError, match="out of memory"):
+        TokenBudget(100).until_it_fits([], full)
+
+
 @pytest.mark.parametrize("times", [1, 99])
 def test_no_memory_for_the_adapters_of_an_evaluation_halves_the_budget_or_is_one_line(
     model: PackedModel, rows: Rows, monkeypatch: pytest.MonkeyPatch, times: int

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mathverify.engine.ranks import Place, Ranks, place, share_out
+from mathverify.engine.ranks import Place, Ranks, leading, place, share_out
+from mathverify.errors import RunFailed, UserError
 
 from .ranks_worker import all_of_it
 
@@ -124,3 +125,21 @@ def test_a_signal_to_one_process_is_known_to_the_leader_after_the_next_sum(two: 
 def test_who_has_left_leaves_no_threads(two: Found) -> None:
     """One that is there when the interpreter ends can end the process with SIGABRT."""
     assert two["threads left"] == []
+
+
+def test_what_ends_the_leader_is_told_even_if_another_process_is_gone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(Ranks):
+        def __init__(self, here: Place) -> None:
+            super().__init__()
+
+        def use(self, device: str) -> None: ...
+
+        def leave(self) -> None:
+            raise RunFailed("another process of this run is gone")
+
+    monkeypatch.setattr("mathverify.engine.ranks.Joined", Left)
+    monkeypatch.setattr("mathverify.engine.ranks.place", lambda: Place(0, 2, 0, 2))
+    with pytest.raises(UserError, match="the disk is full"), leading(None, "cpu", lambda: False):
+        raise UserError("the disk is full")
+    with pytest.raises(RunFailed, match="is gone"), leading(None, "cpu", lambda: False):
+        pass

@@ -25,6 +25,7 @@ from hydra.utils import get_object
 
 from mathverify import entry
 from mathverify.config import RunConfig
+from mathverify.engine.budget import BudgetPlan
 from mathverify.engine.lora import Adapter
 from mathverify.engine.pack import Pack
 from mathverify.errors import CannotWrite, Interrupted, RunFailed, UserError
@@ -239,6 +240,36 @@ def test_a_freed_place_takes_the_next_run_while_the_others_go_on(
     for number, point in enumerate([(2, "r4"), (2, "r16"), (8, "r4"), (8, "r16")]):
         assert_same_run(tmp_path / "grid" / str(number), alone(f"train.max_steps={point[0]}", f"lora={point[1]}"))
         assert read_record(tmp_path / "grid" / str(number)).notes["pack"] == {"most_runs_beside": 1}
+
+
+def test_runs_one_at_a_time_are_each_planned_for(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory for a run of batch 2 says nothing of the run of batch 4 behind it, nor passes that are large enough."""
+    planned: list[tuple[int, ...]] = []
+    budgets: list[int] = []
+    real = Pack.step
+
+    def plan(model: Any, configs: list[RunConfig], *rest: Any) -> BudgetPlan:
+        planned.append(tuple(config.train.batch_size for config in configs))
+        most = max(planned[-1])
+        return BudgetPlan(1000 * most, f"needs room for {most}")
+
+    def step(pack: Pack) -> Any:
+        budgets.append(pack.budget.tokens)
+        return real(pack)
+
+    monkeypatch.setattr("mathverify.prepare.plan_budget", plan)
+    monkeypatch.setattr(Pack, "step", step)
+    batches = "train.batch_size=2,4,4,2"
+    out = cli(*PACK, "hydra.launcher.max_trials=1", "train.max_steps=2", batches)
+    assert planned == [(2,), (4,), (2,)]
+    assert budgets == [2000] * 2 + [4000] * 4 + [2000] * 2
+    assert re.findall(r"run \d needs room for \d", out) == ["run 1 needs room for 4", "run 3 needs room for 2"]
+    notes = [read_record(tmp_path / "grid" / str(number)).notes["memory"] for number in range(4)]
+    assert notes == [f"needs room for {batch}" for batch in (2, 4, 4, 2)]
+    # Several at once share passes: the plan is that of the first ones.
+    planned.clear()
+    cli(*PACK, "hydra.sweep.dir=several", "hydra.launcher.max_trials=2", "train.max_steps=2", "train.batch_size=2,4,3")
+    assert planned == [(2, 4)]
 
 
 def test_a_run_that_has_ended_leaves_memory_while_others_take_its_place(
