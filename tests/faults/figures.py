@@ -114,20 +114,19 @@ def _million() -> Iterator[tuple[str, str, str]]:
 
 def _determinism() -> Iterator[tuple[str, str, str]]:
     for device, flag in (("cpu", ""), ("cuda", " --device cuda")):
-        command = f"`python -m tests.faults.determinism{flag}`"
+        command = f"python -m tests.faults.determinism{flag}"
         what = f"the same seed twice, {'CPU' if device == 'cpu' else 'GPU'}"
         if (found := read_result(f"determinism-{device}")) is None:
-            yield what, "not measured", command
+            yield what, "not measured", f"`{command}`"
             continue
         largest = found["largest_difference"]
-        command = f"`{' '.join([command.strip('`'), *found['overrides']])}`"
         yield (
             what,
             f"metrics {'identical' if found['metrics_equal'] else 'not identical'}, weights "
             f"{'identical' if found['weights_equal'] else 'not identical'}; largest differences over {found['steps']} steps: "
             f"loss {largest['loss']:.2g} (relative), score {largest['score']:.2g}, accuracy {largest['accuracy']:.2g} "
             f"({found['device']}). {_made(found)}",
-            command,
+            f"`{' '.join([command, *found['overrides']])}`",
         )
 
 
