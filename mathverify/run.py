@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mathverify import records, scoring
 from mathverify.config import EvaluateMethod, RunConfig
 from mathverify.engine.adapter_file import save_adapter
-from mathverify.engine.budget import recorded_bytes
+from mathverify.engine.budget import peak_bytes
 from mathverify.engine.checkpoint import load_checkpoint, save_checkpoint, share_state
 from mathverify.engine.evaluate import score
 from mathverify.engine.generate import UNPARSED, generate_verdicts
@@ -509,7 +509,7 @@ def device_name(device: torch.device) -> str:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on the GPU and what recorded passes hold; without a GPU, the most resident."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device)) + recorded_bytes()
+        return peak_bytes(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -143,18 +143,21 @@ def share_of_step(configs: Sequence[RunConfig], processes: int) -> int:
 def device_memory(model: PackedModel) -> tuple[int, int]:
     """Bytes of the model's GPU that can be had, and all it has: also those that torch's allocator holds without using
     them (recorded passes' among them), and those of dense copies."""
-    free, total = torch.cuda.mem_get_info(model.device)
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return free + unused + _dense_held(model), total
+    free, total = _free(model.device)
+    return free + (model.dense_bytes() if model.is_dense else 0), total
 
 
-def _dense_held(model: PackedModel) -> int:
-    return model.dense_bytes() if model.is_dense else 0
+def _free(device: torch.device) -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
 
-def recorded_bytes() -> int:
-    """What recorded passes hold on GPUs, which between them does not count as allocated."""
-    return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0))
+def peak_bytes(device: torch.device | str) -> int:
+    """The most that tensors took on a GPU, and what recorded passes hold, which between them does not count as
+    allocated."""
+    parts = torch.cuda.memory_snapshot()
+    recorded: int = sum(part["total_size"] for part in parts if part["segment_pool_id"] != (0, 0))
+    return torch.cuda.max_memory_allocated(device) + recorded
 
 
 def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: int, planned: bool) -> bool:
@@ -164,7 +167,7 @@ def has_room_beside(model: PackedModel, config: RunConfig, passes: int, tokens: 
     """
     if model.device.type != "cuda":
         return True
-    free = device_memory(model)[0] - _dense_held(model)
+    free, _ = _free(model.device)
     return free * (1 if planned else RESERVE) >= (passes + tokens) * activation_bytes(model, [config])
 
 

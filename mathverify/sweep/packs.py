@@ -155,7 +155,7 @@ class Packs:
         """
         start = time.perf_counter()
         try:
-            if pack.places == 1 and ticket not in pack.crew:
+            if pack.places == 1:
                 self._plan_again(pack.bench, ticket)
             run = open_run(ticket.config, ticket.folder, pack.bench, ticket.judge)
             if run is None:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ from mathverify.config import (
     RunConfig,
     TrainConfig,
 )
-from mathverify.engine.budget import Lengths, plan_budget, recorded_bytes
+from mathverify.engine.budget import Lengths, peak_bytes, plan_budget
 from mathverify.engine.evaluate import score
 from mathverify.engine.generate import generate_verdicts
 from mathverify.engine.model import PackedModel
@@ -142,10 +143,10 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
     for own in configs:
         pack.add(Trial.start(own, rows, VERDICTS, model))  # type: ignore[arg-type]
     times, tokens, largest = [], 0, 0
-    before: dict[str, int] = {}
+    before = did(pack)
     for step in range(warm + steps):
-        if step == warm and pack.replays is not None:
-            before = dict(pack.replays.did)
+        if step == warm:
+            before = did(pack)
         start = time.perf_counter()
         done = sum(report.tokens for _, report in pack.step())
         synchronize()
@@ -153,8 +154,8 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         if step >= warm:
             times.append(time.perf_counter() - start)
             tokens += done
-    held, passes = (0, {}) if pack.replays is None else (pack.replays.held, dict(pack.replays.did))
-    peak = torch.cuda.max_memory_allocated() + recorded_bytes() if torch.cuda.is_available() else 0
+    held, passes = 0 if pack.replays is None else pack.replays.held, did(pack)
+    peak = peak_bytes(device()) if torch.cuda.is_available() else 0
     predicted = plan.fixed_bytes + (max(largest, held) + held) * plan.token_bytes
     del pack
     return {
@@ -163,8 +164,13 @@ def measure(model: PackedModel, configs: list[RunConfig], rows: Workload, steps:
         "peak_gib": peak / GIB,
         "planned_gib": predicted / GIB,
         "planned_over_measured": predicted / peak if peak else 0.0,
-        **{f"passes_{what}": count - before.get(what, 0) for what, count in passes.items()},
+        **{f"passes_{what}": count - before[what] for what, count in passes.items()},
     }
+
+
+def did(pack: Pack) -> Counter[str]:
+    """How many small passes this process has launched, recorded and replayed so far."""
+    return Counter() if pack.replays is None else Counter(pack.replays.did)
 
 
 def evaluation(model: PackedModel, rows: Workload, budget: int = 32768) -> Row:

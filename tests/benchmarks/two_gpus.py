@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import Any
 import torch
 
 from mathverify.config import QuantizationKind, RunConfig
-from mathverify.engine.budget import Lengths, plan_budget, recorded_bytes
+from mathverify.engine.budget import Lengths, peak_bytes, plan_budget
 from mathverify.engine.model import PackedModel
 from mathverify.engine.pack import Pack
 from mathverify.engine.passes import TokenBudget
 from mathverify.engine.ranks import Joined, Ranks, place
 from mathverify.engine.trial import Trial
-from tests.benchmarks.gpu import VERDICTS, Row, Workload, base, clean, config, device, synchronize
+from tests.benchmarks.gpu import VERDICTS, Row, Workload, base, clean, config, device, did, synchronize
 
 WARM, RECORDED = 3, 150
 """Untimed steps; as many as RECORDED until most sizes of small passes have been recorded (engine/replay.py): a step is
@@ -85,7 +84,7 @@ def one_run(
     _, first = take(pack, warm)
     before = did(pack)
     seconds, (tokens, losses) = timed(lambda: take(pack, steps), ranks)
-    peak = (torch.cuda.max_memory_allocated() + recorded_bytes()) / 2**30 if torch.cuda.is_available() else 0.0
+    peak = peak_bytes(device()) / 2**30 if torch.cuda.is_available() else 0.0
     return {
         "step_s": seconds / steps,
         "tokens_per_s": tokens / seconds,
@@ -93,11 +92,6 @@ def one_run(
         "passes": {what: count - before[what] for what, count in did(pack).items()},
         "losses": [round(loss, 6) for loss in first + losses],
     }
-
-
-def did(pack: Pack) -> Counter[str]:
-    """How many small passes this process has launched, recorded and replayed so far."""
-    return Counter() if pack.replays is None else Counter(pack.replays.did)
 
 
 def two_packs(model: PackedModel, rows: Workload, steps: int, ranks: Ranks) -> Row:
